@@ -1,0 +1,311 @@
+"""
+Pretrain a language model on text: predict each token from those before it (tutorial chapters I-5 and II-8).
+
+    loss = -1/N sum over targets of log p(token | tokens before it)         N targets in the whole step, on all ranks
+
+    python pretrain.py                                  # offline, minutes on a laptop: tokenizer, data, training
+    python pretrain.py --batch_size=8 --max_iters=20
+    python pretrain.py --init_from=resume               # after Ctrl-C, a crash, or to go on
+    torchrun --nproc_per_node=4 pretrain.py --dataset=mytext --gradient_accumulation_steps=16
+
+What to expect: the loss starts near ln(vocabulary), falls fast while word frequencies are learned, then slowly.
+Held-out loss in bits per byte compares models of different tokenizers. A held-out loss that rises while the training
+loss falls is overfitting: more text, a smaller model, or some dropout.
+"""
+import functools
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import (HERE, MetricsLog, StopSignal, clock, configure, fail, learning_rate_at, make_folder,
+                          restore_rng, save_checkpoint, start_run)
+from model_minimind import MiniMind, MiniMindConfig
+from prepare import data_folder, load_tokenizer, read_meta, read_split
+from sample import generate, load_run, stop_ids
+
+# the run
+out_dir = 'out/pretrain'        # where checkpoint, tokenizer, metrics and picture go
+init_from = 'scratch'           # 'scratch', 'resume' (what out_dir holds), or the folder of a run to start from
+max_iters = 1000                # optimizer steps
+eval_interval = 250             # save, measure the held-out loss and print a sample every so many steps
+eval_iters = 200                # batches of held-out text to measure on, at most
+log_interval = 10               # print a line every so many steps
+start = 'def is_'               # prompt of that sample
+seed = 1337                     # of the weights, the order of the data, dropout
+wandb_log = False               # log to Weights & Biases too
+# the data
+dataset = 'pydoc'               # name in data/, or a path; pydoc is prepared when missing
+tokenizer = ''                  # what the data must be tokenised with: a folder, or 'gpt2'; '' is the data's own
+batch_size = 16                 # rows in a micro-batch
+gradient_accumulation_steps = 1 # micro-batches in a step, over all ranks together
+block_size = 256                # tokens in a row: the context
+# the model
+n_layer = 6                     # blocks
+n_head = 4                      # query heads
+n_kv_head = 2                   # key and value heads; n_head is multi-head, 1 is multi-query
+n_embd = 256                    # width
+qk_norm = True                  # RMSNorm on queries and keys
+dropout = 0.0                   # share of activations dropped while training
+# the optimizer
+optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
+learning_rate = 1e-2            # highest; with AdamW alone 2e-3 is better
+min_lr = 1e-3                   # at the end of the cosine
+warmup_iters = 50               # steps of linear warmup
+weight_decay = 0.1              # on matrices only
+grad_clip = 1.0                 # longest gradient; 0 is no limit
+# the machine
+device = 'auto'                 # 'auto' takes cuda, then mps, then cpu
+dtype = 'auto'                  # 'float32', 'bfloat16', 'float16'; 'auto' is bfloat16 where the hardware multiplies in it
+compile = False                 # torch.compile: slow to start, faster on a GPU
+
+
+# ---- batches ----
+
+@functools.lru_cache(maxsize=2)
+def window_starts(n_tokens, block_size, seed, epoch):
+    """Where each row of an epoch starts: windows that tile the text once, shuffled, the tiling shifted every epoch.
+    A function of its arguments alone, so that a resumed run needs no sampler state. 8 bytes a window."""
+    windows = max(1, (n_tokens - 1) // block_size - 1)
+    rng = np.random.default_rng([seed, epoch])
+    shift = rng.integers(max(1, n_tokens - windows * block_size))
+    return shift + block_size * rng.permutation(windows)
+
+
+def step_starts(n_tokens, block_size, seed, step, rows):
+    """Where the rows of a step start: rows [step * rows, (step + 1) * rows) of an endless run of epochs."""
+    windows = len(window_starts(n_tokens, block_size, seed, 0))
+    return [window_starts(n_tokens, block_size, seed, i // windows)[i % windows]
+            for i in range(step * rows, (step + 1) * rows)]
+
+
+def batch_at(split, starts, block_size):
+    """Rows of tokens and their targets, the token that follows each: two (B, T) int64 tensors.
+
+    Targets are -100, ignored, where the mask is 0 and beyond the end of the text."""
+    x = np.zeros((len(starts), block_size), dtype=np.int64)
+    y = np.full((len(starts), block_size), -100, dtype=np.int64)
+    for row, at in enumerate(starts):
+        tokens = split.tokens[at:at + block_size + 1].astype(np.int64)
+        n = len(tokens) - 1
+        x[row, :n] = tokens[:-1]
+        y[row, :n] = np.where(split.mask[at + 1:at + block_size + 1], tokens[1:], -100)
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def to_device(batch, device):
+    if device.type == 'cuda':
+        return [t.pin_memory().to(device, non_blocking=True) for t in batch]
+    return [t.to(device) for t in batch]
+
+
+# ---- held-out loss and a sample ----
+
+@torch.no_grad()
+def held_out_loss(model, run, split, block_size, batch_size, eval_iters):
+    """Mean nats per held-out token, over at most eval_iters batches spread evenly; ranks share the work."""
+    starts = range(0, len(split.tokens) - 1, block_size)
+    starts = starts[::math.ceil(len(starts) / (eval_iters * batch_size))][run.rank::run.world_size]
+    model.eval()
+    total = count = 0
+    for i in range(0, len(starts), batch_size):
+        x, y = to_device(batch_at(split, starts[i:i + batch_size], block_size), run.device)
+        with run.autocast():
+            loss = model(x, y)[1]
+        n = (y != -100).sum()
+        total, count = total + loss.item() * n.item(), count + n.item()
+    model.train()
+    total, count = run.sum(total, count)
+    return total / count
+
+
+def sample_text(model, tokenizer, start, device, max_new_tokens=60):
+    """A short text at temperature 0.7, the same random numbers each time, so that samples compare."""
+    model.eval()
+    ids = [tokenizer.eot, *tokenizer.encode(start)][-model.config.max_position_embeddings // 2:]
+    new = [t.item() for t in generate(model, torch.tensor([ids], device=device), max_new_tokens, stop_ids(tokenizer),
+                                      torch.Generator(device).manual_seed(0), temperature=0.7, top_p=0.95)]
+    model.train()
+    return start + tokenizer.decode(new[:-1] if new[-1] in stop_ids(tokenizer) else new)
+
+
+# ---- the parts of a run ----
+
+def prepare_missing(dataset, tokenizer):
+    """Do for pydoc what a newcomer would type: train a tokenizer, then tokenise the text."""
+    words = tokenizer or os.path.join(HERE, 'out', 'tokenizer')
+    commands = [['prepare.py', f'--dataset={dataset}', f'--tokenizer={words}']]
+    if words != 'gpt2' and not os.path.isfile(os.path.join(words, 'tokenizer.json')):
+        commands.insert(0, ['train_tokenizer.py', f'--out_dir={words}'])
+    env = {k: v for k, v in os.environ.items() if k != 'RANK'}
+    for script, *options in commands:
+        print('$ python', script, *options, flush=True)
+        code = subprocess.run([sys.executable, os.path.join(HERE, script), *options], env=env).returncode
+        if code:
+            sys.exit(code)
+
+
+def make_optimizers(model, optimizer, learning_rate, weight_decay):
+    """Muon (Jordan et al. 2024) turns the gradient of a matrix into the nearest orthogonal one, so that no direction
+    dominates a step. It suits the matrices inside the blocks; embedding, head and norms take AdamW, norms without
+    weight decay. 'match_rms_adamw' scales Muon's steps like AdamW's, so one learning rate serves both."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.dim() == 2 and '.layers.' in name and optimizer == 'muon']
+    rest = [p for _, p in named if all(p is not m for m in matrices)]
+    adamw = torch.optim.AdamW([dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
+                               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)],
+                              lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    if not matrices:
+        return [adamw]
+    return [adamw, torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay,
+                                    adjust_lr_fn='match_rms_adamw')]
+
+
+if __name__ == '__main__':
+    config = configure(globals(), optimizer=('muon', 'adamw'))
+    stop = StopSignal()
+    run = start_run(device, dtype, seed)
+    master = run.rank == 0
+
+    # data
+    if os.path.basename(data_folder(dataset)) == 'pydoc' and not os.path.exists(data_folder(dataset)):
+        if master:
+            prepare_missing(dataset, tokenizer)
+        run.barrier()
+    meta = read_meta(dataset)
+    words = load_tokenizer(data_folder(dataset))
+    if tokenizer and load_tokenizer(tokenizer).fingerprint != words.fingerprint:
+        fail(f"{data_folder(dataset)} was tokenised otherwise than by {tokenizer}: run `python prepare.py "
+             f"--dataset={dataset} --tokenizer={tokenizer}`")
+    train, val = read_split(dataset, 'train'), read_split(dataset, 'val')
+    rows = batch_size * gradient_accumulation_steps         # of a step; the ranks share them out
+    if rows < run.world_size:
+        fail(f"batch_size x gradient_accumulation_steps = {rows} rows are fewer than {run.world_size} ranks")
+
+    # model
+    try:
+        model_config = MiniMindConfig(
+            vocab_size=words.vocab_size, hidden_size=n_embd, num_hidden_layers=n_layer, num_attention_heads=n_head,
+            num_key_value_heads=n_kv_head, max_position_embeddings=block_size, qk_norm=qk_norm, dropout=dropout)
+    except ValueError as e:
+        fail(f"{e}; they are set by --n_embd, --n_head and --n_kv_head")
+    model = MiniMind(model_config)
+    checkpoint, first_step = None, 0
+    if init_from != 'scratch':
+        other, other_words, checkpoint = load_run(out_dir if init_from == 'resume' else init_from)
+        differ = [k for k, v in asdict(other.config).items() if v != getattr(model_config, k)]
+        if other_words.fingerprint != words.fingerprint:
+            fail(f"{init_from}: its tokenizer is not the one that made {data_folder(dataset)}")
+        if differ:
+            fail(f"{init_from}: its model has another {differ[0]} ({getattr(other.config, differ[0])}, not "
+                 f"{getattr(model_config, differ[0])}); a model keeps its shape")
+        model.load_state_dict(other.state_dict())
+    model.to(run.device)
+    optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    if init_from == 'resume':
+        first_step = checkpoint['step']
+        for o, state in zip(optimizers, checkpoint['optimizers']):
+            o.load_state_dict(state)
+        scaler.load_state_dict(checkpoint['scaler'])
+        restore_rng(run, checkpoint['rng'], first_step)
+        if first_step >= max_iters:
+            fail(f"{out_dir} is at step {first_step:,} of max_iters={max_iters:,}: it has ended; raise --max_iters")
+    compiled = torch.compile(model) if compile else model
+    wrapped = compiled
+    if run.world_size > 1:
+        wrapped = DistributedDataParallel(compiled, broadcast_buffers=False)
+
+    # say what is about to happen
+    log = None
+    if master:
+        make_folder(out_dir)
+        words.save(out_dir)
+        log = MetricsLog(out_dir, first_step, wandb_log, config)
+        size, tokens = sum(p.numel() for p in model.parameters()), rows * block_size
+        print(f"{size:,} parameters, {len(train.tokens):,} training tokens, {tokens:,} a step: "
+              f"{max_iters * tokens / len(train.tokens):.1f} epochs in {max_iters:,} steps "
+              f"on {run.world_size} x {run.device.type} in {str(run.dtype)[6:]}", flush=True)
+
+    # train
+    began = time.time()
+    seconds, since, eval_seconds = 0.0, 0, 0.0              # training time and steps since the last line; of an evaluation
+    wrapped.train()
+    for step in range(first_step, max_iters + 1):
+        clock_start = time.time()
+        starts = step_starts(len(train.tokens), block_size, seed, step, rows)[run.rank::run.world_size]
+        batches = [batch_at(train, starts[i:i + batch_size], block_size) for i in range(0, len(starts), batch_size)]
+        # all ranks agree on the number of targets, and on whether to stop
+        n_targets, stopping = run.sum(sum((y != -100).sum().item() for _, y in batches), stop.signal > 0)
+
+        due = step % eval_interval == 0 or step == max_iters
+        if step > first_step and (due or stopping):
+            save_checkpoint(run, out_dir, model=model.state_dict(), model_type='minimind',
+                            model_config=asdict(model_config), optimizers=[o.state_dict() for o in optimizers],
+                            scaler=scaler.state_dict(), step=step, settings=config, tokenizer=words.fingerprint)
+        if stopping:
+            break
+        if due:
+            loss = held_out_loss(compiled, run, val, block_size, batch_size, eval_iters)
+            bits = loss / math.log(2) * meta['val']['tokens'] / meta['val']['bytes']
+            if master:
+                log.write(step=step, val_loss=loss, val_bits_per_byte=bits)
+                text = sample_text(model, words, start, run.device)
+                print(f"step {step:6,}  held-out loss {loss:.4f}  {bits:.4f} bits/byte\n    | "
+                      + text.replace('\n', '\n    | '), flush=True)
+            eval_seconds, clock_start = time.time() - clock_start, time.time()
+        if step == max_iters:
+            break
+
+        lr = learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters)
+        for o in optimizers:
+            for group in o.param_groups:
+                group['lr'] = lr
+        total = torch.zeros((), device=run.device)
+        for i, batch in enumerate(batches):
+            x, y = to_device(batch, run.device)
+            if run.world_size > 1:
+                wrapped.require_backward_grad_sync = i == len(batches) - 1      # sum over ranks once, at the end
+            with run.autocast():
+                loss = wrapped(x, y)[1] * (y != -100).sum()                     # mean -> sum over the targets
+            total += loss.detach()
+            # DDP averages gradients over ranks; times world_size that is the sum which the loss asks for
+            scaler.scale(loss * (run.world_size / max(1, n_targets))).backward()
+        for o in optimizers:
+            scaler.unscale_(o)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        for o in optimizers:
+            scaler.step(o)
+            o.zero_grad(set_to_none=True)
+        scaler.update()
+
+        seconds, since = seconds + time.time() - clock_start, since + 1
+        if step % log_interval == 0 or step == max_iters - 1:
+            loss = run.sum(total.item())[0] / max(1, n_targets)
+            if master:
+                speed = since / max(seconds, 1e-9)
+                evals = (max_iters - 1) // eval_interval - step // eval_interval + 1
+                log.write(step=step, loss=loss, lr=lr, grad_norm=norm.item(), tokens=(step + 1) * rows * block_size,
+                          tokens_per_second=speed * rows * block_size)
+                print(f"step {step:6,}/{max_iters:,}  loss {loss:.4f}  lr {lr:.2e}  grad norm {norm:.2f}  "
+                      f"{speed * rows * block_size:,.0f} tokens/s  "
+                      f"{clock((max_iters - 1 - step) / speed + evals * eval_seconds)} left", flush=True)
+            seconds, since = 0.0, 0
+
+    if master:
+        log.draw()
+        if stopping:
+            print(f"stopped at step {step:,}" + (
+                f", saved in {out_dir}; go on with --init_from=resume" if step else ", with nothing to save yet"))
+        else:
+            print(f"done in {clock(time.time() - began)}: {out_dir} holds the model. Let it speak: python sample.py")
+    if run.world_size > 1:
+        dist.destroy_process_group()
+    sys.exit(128 + stop.signal if stopping else 0)
