@@ -1,15 +1,15 @@
 """
 One run, whatever its stage: settings, device and ranks, learning rate, checkpoints, metrics, stopping.
 
-A stage opens with a block of bare settings, one comment each. Under its main guard the first line is
+A stage opens with a block of bare settings, one comment each. The first line under its main guard,
 
     config = configure(globals(), optimizer=('adamw', 'muon'))
 
-after which each setting holds what the defaults, then the config files, then the command line say:
+overrides them with what the config files and then the command line say:
 
     python pretrain.py config/small.py --batch_size=8 --start="def is_"
 
-Relative paths in a script or a config file start at the repository, those on the command line where you stand.
+A relative path in a script or a config file starts at the repository, one on the command line where you stand.
 A mistake of the user ends in one line on stderr and exit code 2, through `fail`.
 """
 import ast
@@ -20,7 +20,6 @@ import math
 import os
 import signal
 import sys
-import time
 import tokenize
 import traceback
 from dataclasses import dataclass
@@ -30,11 +29,11 @@ import torch.distributed as dist
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# What settings of a common name may be: a tuple lists the values, a pair in a list bounds them, a number is the least.
+# What a setting of a common name may be. A tuple lists the values, a list gives two bounds, a number is the least.
 LEGAL = dict(dtype=('auto', 'float32', 'bfloat16', 'float16'), batch_size=1, gradient_accumulation_steps=1,
              block_size=1, max_iters=0, eval_interval=1, eval_iters=1, log_interval=1, learning_rate=0, min_lr=0,
-             warmup_iters=0, weight_decay=0, grad_clip=0, n_layer=1, n_head=1, n_kv_head=1, n_embd=1, dropout=[0, 1],
-             seed=0)
+             warmup_iters=0, weight_decay=0, grad_clip=0, n_layer=1, n_head=1, n_kv_head=1, n_embd=1,
+             dropout=[0, 1], seed=0)
 
 
 def fail(message):
@@ -47,14 +46,14 @@ def fail(message):
 # ---- settings ----
 
 def configure(settings, **legal):
-    """Override a script's globals from config files and the command line; return the settings as a dict.
+    """Override a script's settings from config files and the command line; return them all as a dict.
 
     settings  globals() of the script: every lower-case name that holds a bool, int, float or str is a setting
-    legal     what its own settings may be, in the form of LEGAL
+    legal     what the script's own settings may be, in the form of LEGAL
     With init_from='resume' the settings of the interrupted run stand in for the defaults.
     """
     sys.excepthook = quiet_interrupt
-    keys = [k for k, v in settings.items() if k[0] != '_' and k.islower() and type(v) in (bool, int, float, str)]
+    keys = [k for k, v in settings.items() if k.islower() and k[0] != '_' and type(v) in (bool, int, float, str)]
     legal = {**LEGAL, **legal}
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help(settings, keys)
@@ -64,8 +63,7 @@ def configure(settings, **legal):
     for arg in sys.argv[1:]:
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
-            value = check(settings, keys, legal, key, text if equals else True, arg)
-            given[key] = value
+            given[key] = check(settings, keys, legal, key, text if equals else True, arg)
         else:
             for key, (value, where) in read_config_file(arg).items():
                 given[key] = anchored(check(settings, keys, legal, key, value, where))
@@ -73,16 +71,17 @@ def configure(settings, **legal):
         settings[key] = given.get(key, anchored(settings[key]))
     if settings.get('init_from') == 'resume':
         saved = load_checkpoint(settings['out_dir'])['settings']
-        settings.update({k: v for k, v in saved.items() if k in keys and k not in {*given, 'init_from', 'out_dir'}})
+        fixed = {*given, 'init_from', 'out_dir'}
+        settings.update({k: v for k, v in saved.items() if k in keys and k not in fixed})
     return {key: settings[key] for key in keys}
 
 
 def check(settings, keys, legal, key, value, where):
-    """The value a setting takes: text becomes a Python literal of the setting's type, or the run ends."""
+    """The value for a setting, text turned into a Python literal of its type; `where` is named if it is wrong."""
     if key not in keys:
         near = difflib.get_close_matches(key, keys, n=1)
-        hint = f"did you mean {near[0]!r}? (--help lists all)" if near else f"the settings are {', '.join(keys)}"
-        fail(f"{where}: unknown setting {key!r}; {hint}")
+        fail(f"{where}: unknown setting {key!r}; " + (f"did you mean {near[0]!r}? (--help lists all)" if near else
+                                                      f"the settings are {', '.join(keys)}"))
     kind = type(settings[key])
     if value is True and kind is not bool:
         fail(f"{where}: {key} needs a value, as in --{key}={settings[key]}")
@@ -90,7 +89,7 @@ def check(settings, keys, legal, key, value, where):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            pass                                    # not a literal: plain text, which a str setting takes as it is
+            pass                                        # no literal: plain text, right for a str setting alone
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
@@ -98,7 +97,7 @@ def check(settings, keys, legal, key, value, where):
         fail(f"{where}: {key} takes {want}, not {value!r}")
     rule = legal.get(key)
     if isinstance(rule, tuple) and value not in rule:
-        near = difflib.get_close_matches(str(value), [str(r) for r in rule], n=1)
+        near = difflib.get_close_matches(str(value), rule, n=1)
         fail(f"{where}: {key} must be one of {', '.join(map(repr, rule))}, not {value!r}"
              + (f"; did you mean {near[0]!r}?" if near else ""))
     if isinstance(rule, list) and not rule[0] <= value <= rule[1]:
@@ -109,8 +108,9 @@ def check(settings, keys, legal, key, value, where):
 
 
 def anchored(value):
-    """A default path, made absolute: the same place from every current folder."""
-    return os.path.join(HERE, value) if isinstance(value, str) and value.startswith(('out/', 'data/')) else value
+    """A default path made absolute, so that it is the same place from every current folder."""
+    is_path = isinstance(value, str) and value.startswith(('out/', 'data/'))
+    return os.path.join(HERE, value) if is_path else value
 
 
 def read_config_file(path):
@@ -118,33 +118,34 @@ def read_config_file(path):
     found = next((p for p in (path, os.path.join(HERE, path)) if os.path.isfile(p)), None)
     if not found:
         fail(f"{path}: no such config file (a setting is written --key=value)")
-    values, line = {}, lambda e: [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == found]
+    values = {}
     try:
         with open(found, encoding='utf-8') as f:
-            source = f.read()
-        exec(compile(source, found, 'exec'), values)
-    except Exception as e:                          # the file is the user's own code: report whatever it does
-        fail(f"{path}:{getattr(e, 'lineno', None) or (line(e) or [1])[-1]}: {type(e).__name__}: {e}")
-    lines = {n.id: n.lineno for n in reversed(list(ast.walk(ast.parse(source))))
-             if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            tree = ast.parse(f.read(), found)
+        exec(compile(tree, found, 'exec'), values)
+    except Exception as e:                              # it is the user's own code: report whatever it does
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == found]
+        fail(f"{path}:{getattr(e, 'lineno', None) or (lines or [1])[-1]}: {type(e).__name__}: {e}")
+    lines = {node.id: node.lineno for node in ast.walk(tree)
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     return {k: (v, f"{path}:{lines[k]}") for k, v in values.items() if k in lines and k[0] != '_'}
 
 
 def print_help(settings, keys):
-    """The script's docstring, then each setting with its default and the comment that stands beside it."""
+    """Print the script's docstring, then each setting with its default and the comment beside it."""
     with open(settings['__file__'], encoding='utf-8') as f:
         source = f.read()
-    comments = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
-                if t.type == tokenize.COMMENT}
+    comments = {token.start[0]: token.string.lstrip('# ')
+                for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
     lines = {node.targets[0].id: node.lineno for node in ast.parse(source).body
              if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
-    print(settings['__doc__'].strip(), "\n\nsettings, as --key=value:")
+    print(settings['__doc__'].strip(), "\n\nSettings, as --key=value:")
     for key in keys:
-        print(f"  {key + '=' + repr(settings[key]):38} {comments.get(lines.get(key), '')}")
+        print(f"  {key + '=' + repr(settings[key]):32} {comments.get(lines.get(key), '')}")
 
 
 def quiet_interrupt(kind, error, trace):
-    """Ctrl-C, or a closed pipe (`| head`), is no reason for a traceback."""
+    """Ctrl-C, or a reader that has gone (`| head`), is no reason for a traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)
         os._exit(130)
@@ -159,12 +160,11 @@ def quiet_interrupt(kind, error, trace):
 class Run:
     device: torch.device
     dtype: torch.dtype
-    rank: int                # this process among world_size; rank 0 prints and saves
-    local_rank: int          # its number on this machine
+    rank: int                # of this process among world_size; rank 0 prints and saves
     world_size: int
 
     def autocast(self):
-        """Matrix products in self.dtype; sums, norms and the loss stay in float32."""
+        """Matrix products in self.dtype; norms and the loss stay in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def barrier(self):
@@ -172,37 +172,42 @@ class Run:
             dist.barrier()
 
     def sum(self, *numbers):
-        """Each number summed over all ranks, as a list of floats."""
-        total = torch.tensor(numbers, dtype=torch.float64 if self.device.type != 'mps' else torch.float32)
-        if self.world_size > 1:
-            total = total.to(self.device)
-            dist.all_reduce(total)
+        """Each number summed over the ranks, as a list of floats."""
+        if self.world_size == 1:
+            return [float(n) for n in numbers]
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
         return total.tolist()
 
 
 def start_run(device='auto', dtype='auto', seed=0):
-    """Resolve device and dtype, join the other ranks under torchrun, seed torch's generators (another per rank)."""
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
-                                    (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    """Resolve device and dtype, join the other ranks under torchrun, seed torch (differently on each rank)."""
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        mps = torch.backends.mps.is_available()
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    if world_size > 1 and device == 'cuda':
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=device)
         device = torch.device(device)
     except (RuntimeError, AssertionError) as e:
-        fail(f"device={device!r} does not work here ({str(e).splitlines()[0].rstrip('.')}); device='auto' picks one")
+        reason = str(e).splitlines()[0].rstrip('.')
+        fail(f"device={device!r} does not work here ({reason}); device='auto' takes what there is")
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
     if world_size > 1:
-        if device.type == 'cuda':
-            device = torch.device('cuda', local_rank)
-            torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     if dtype == 'auto':
-        bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == 'cuda' else
-                device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
-        dtype = 'bfloat16' if bf16 else 'float32'
-    torch.set_float32_matmul_precision('high')      # TF32 on a GPU; no change on a CPU
+        if device.type == 'cuda':
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported()
+                                             or torch.cpu._is_amx_tile_supported())
+        dtype = 'bfloat16' if fast else 'float32'
+    torch.set_float32_matmul_precision('high')          # TF32 on a GPU; no change on a CPU
     torch.manual_seed(seed + rank)
-    return Run(device, getattr(torch, dtype), rank, local_rank, world_size)
+    return Run(device, getattr(torch, dtype), rank, world_size)
 
 
 def learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters):
@@ -223,9 +228,10 @@ def make_folder(path):
 
 
 def save_checkpoint(run, out_dir, **state):
-    """Write out_dir/ckpt.pt whole or not at all. Every rank calls this; rank 0 writes, with the RNG of each."""
-    rng = dict(cpu=torch.get_rng_state(), **({'cuda': torch.cuda.get_rng_state(run.device)}
-                                             if run.device.type == 'cuda' else {}))
+    """Write out_dir/ckpt.pt, whole or not at all. Every rank calls this; rank 0 writes, with the RNG of each."""
+    rng = {'cpu': torch.get_rng_state()}
+    if run.device.type == 'cuda':
+        rng['cuda'] = torch.cuda.get_rng_state(run.device)
     rngs = [rng]
     if run.world_size > 1:
         rngs = [None] * run.world_size
@@ -235,54 +241,56 @@ def save_checkpoint(run, out_dir, **state):
         with open(path + '.tmp', 'wb') as f:
             torch.save(dict(state, rng=rngs), f)
             f.flush()
-            os.fsync(f.fileno())                    # on disk before the old file is given up
+            os.fsync(f.fileno())                        # on the disk before the old file is given up
         os.replace(path + '.tmp', path)
 
 
 def load_checkpoint(out_dir):
-    """What save_checkpoint wrote, on the CPU, or one line on why not."""
+    """What save_checkpoint wrote, on the CPU; one line if there is none."""
     path = os.path.join(out_dir, 'ckpt.pt')
     if not os.path.isfile(path):
-        stage = os.path.basename(os.path.normpath(out_dir))
-        known = os.path.isfile(os.path.join(HERE, stage + '.py'))
-        fail(f"no checkpoint {path}: train first" + (f", with `python {stage}.py`" if known else ""))
+        stage = os.path.basename(os.path.normpath(out_dir)) + '.py'
+        known = os.path.isfile(os.path.join(HERE, stage))
+        fail(f"no checkpoint {path}: train first" + (f", with `python {stage}`" if known else ""))
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:                          # torch raises a dozen kinds over a file that is none of its own
-        fail(f"{path} is not a checkpoint of this project ({type(e).__name__}: {str(e).splitlines()[0][:100]})")
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        if 'model_config' in state:
+            return state
+        reason = 'it holds no model_config'
+    except Exception as e:                              # torch raises many kinds over a file that is not its own
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+    fail(f"{path} is not a checkpoint of this project ({reason})")
 
 
 def restore_rng(run, rngs, step):
-    """Continue each rank's random numbers where they stopped; other ranks than before start new ones."""
+    """Continue each rank's random numbers where they stopped; another number of ranks starts new ones."""
     if len(rngs) != run.world_size:
-        torch.manual_seed(hash((torch.initial_seed(), step)) % 2**63)
-    else:
-        torch.set_rng_state(rngs[run.rank]['cpu'])
-        if run.device.type == 'cuda' and 'cuda' in rngs[run.rank]:
-            torch.cuda.set_rng_state(rngs[run.rank]['cuda'], run.device)
+        torch.manual_seed(torch.initial_seed() + 1_000_003 * step)
+        return
+    torch.set_rng_state(rngs[run.rank]['cpu'])
+    if run.device.type == 'cuda' and 'cuda' in rngs[run.rank]:
+        torch.cuda.set_rng_state(rngs[run.rank]['cuda'], run.device)
 
 
 # ---- metrics and stopping ----
 
 class MetricsLog:
-    """out_dir/metrics.jsonl, one JSON object a line, and a picture of its losses. Rank 0 makes one."""
+    """out_dir/metrics.jsonl, one JSON object a line, and a picture of the losses in it. For rank 0."""
 
     def __init__(self, out_dir, step=0, wandb_log=False, settings=None):
-        """step: where the run starts; lines of an earlier run from there on are dropped, as they come again."""
-        self.path = os.path.join(out_dir, 'metrics.jsonl')
-        self.lines = []
+        """step: where this run starts; what an earlier one logged from there on is dropped, as it comes again."""
+        self.path, self.lines, self.wandb = os.path.join(out_dir, 'metrics.jsonl'), [], None
         if step and os.path.isfile(self.path):
             with open(self.path, encoding='utf-8') as f:
-                self.lines = [m for m in map(json.loads, f) if m['step'] < step]
+                self.lines = [line for line in map(json.loads, f) if line['step'] < step]
         with open(self.path, 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(m) + '\n' for m in self.lines)
-        self.wandb = None
+            f.writelines(json.dumps(line) + '\n' for line in self.lines)
         if wandb_log:
             try:
                 import wandb
             except ImportError:
-                fail("wandb_log=True needs the package: pip install wandb")
-            self.wandb = wandb.init(project='llm', name=os.path.basename(out_dir), config=settings)
+                fail("wandb_log=True needs a package: pip install wandb")
+            self.wandb = wandb.init(project='from-scratch', name=os.path.basename(out_dir), config=settings)
 
     def write(self, **numbers):
         self.lines.append(numbers)
@@ -292,7 +300,7 @@ class MetricsLog:
             self.wandb.log(numbers, step=numbers['step'])
 
     def draw(self):
-        """Draw every loss over the steps into loss.png; without matplotlib, do nothing."""
+        """Draw each loss over the steps into loss.png, where matplotlib is installed."""
         try:
             import matplotlib
         except ImportError:
@@ -300,8 +308,8 @@ class MetricsLog:
         matplotlib.use('Agg')
         from matplotlib import pyplot as plt
         figure, axes = plt.subplots(figsize=(7, 4))
-        for name in sorted({k for m in self.lines for k in m if k.endswith('loss')}):
-            points = [(m['step'], m[name]) for m in self.lines if name in m]
+        for name in sorted({key for line in self.lines for key in line if key.endswith('loss')}):
+            points = [(line['step'], line[name]) for line in self.lines if name in line]
             axes.plot(*zip(*points), label=name)
         axes.set(xlabel='step', ylabel='nats per token')
         axes.legend()
@@ -310,7 +318,7 @@ class MetricsLog:
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM asks a loop to stop at its next step, after saving; a second Ctrl-C ends it at once."""
+    """Ctrl-C or SIGTERM asks a loop to save and stop at its next step; a second Ctrl-C ends it at once."""
 
     def __init__(self):
         self.signal = 0

@@ -1,7 +1,7 @@
 """
 MiniMind: a Llama-style decoder, read top to bottom (tutorial chapters II-2 to II-7).
 
-    tokens -> embedding -> n x [ x + Attention(RMSNorm(x)) ; x + FeedForward(RMSNorm(x)) ] -> RMSNorm -> logits
+    tokens -> embedding -> n x [ x + Attention(RMSNorm(x)); x + FeedForward(RMSNorm(x)) ] -> RMSNorm -> logits
 
 What separates it from GPT-2: RMSNorm for LayerNorm, rotary positions (RoPE) for learned ones, grouped-query
 attention for multi-head, SwiGLU for GELU, no biases, and an output head that shares the embedding's weights.
@@ -28,10 +28,10 @@ class MiniMindConfig:
     """Sizes under Hugging Face's names; the defaults are MiniMind's small model (chapter II-7)."""
     vocab_size: int = 6400
     hidden_size: int = 512                 # C, the width of the residual stream
-    intermediate_size: int = 0             # width of the feed-forward; 0 is 8/3 x hidden_size, rounded up to 64
+    intermediate_size: int = 0             # width inside the feed-forward; 0 is 8/3 x hidden_size, up to 64
     num_hidden_layers: int = 8
     num_attention_heads: int = 8           # query heads
-    num_key_value_heads: int = 2           # = num_attention_heads: multi-head; 1: multi-query; between: grouped
+    num_key_value_heads: int = 2           # as many as query heads: multi-head; 1: multi-query; else grouped
     head_dim: int = 0                      # D; 0 is hidden_size / num_attention_heads
     max_position_embeddings: int = 32768   # the context: how many positions RoPE is prepared for
     rope_theta: float = 1e6
@@ -41,7 +41,7 @@ class MiniMindConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        # 8/3, because SwiGLU has three matrices where a plain feed-forward of width 4C has two: 3 x 8/3 = 2 x 4.
+        # 8/3, because SwiGLU has three matrices where a feed-forward of width 4C has two: 3 x 8/3 = 2 x 4
         self.intermediate_size = self.intermediate_size or 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
         if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
@@ -56,9 +56,9 @@ class MiniMindConfig:
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang & Sennrich 2019, eq. 4; chapter II-2).
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4; chapter II-2).
 
-    LayerNorm without the mean and the bias: on input of zero mean the two agree.
+    It is LayerNorm without the mean and the bias: on input of zero mean the two agree.
     """
 
     def __init__(self, dim, eps):
@@ -95,8 +95,8 @@ def apply_rope(x, cos, sin):
 
 
 def plain_attention(q, k, v, allowed):
-    """softmax(q k^T / sqrt(D)) v, written out (Vaswani et al. 2017, eq. 1). For reading, and for the test that
-    holds it equal to the fused kernel; it stores the (T, S) scores that the kernel never does.
+    """softmax(q k^T / sqrt(D)) v, written out (Vaswani et al. 2017, eq. 1). It is here to be read, and for the
+    test that holds the fused kernel equal to it; the kernel never stores the (T, S) scores.
 
     q (B, H, T, D); k, v (B, H_kv, S, D); allowed (T, S) or (B, 1, T, S), True where a query may look.
     """
@@ -140,7 +140,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim, self.dropout = config.head_dim, config.dropout
-        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
@@ -161,8 +162,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                          # (B, H_kv, S, D), S = past + T
         # plain_attention, in a kernel that never stores the scores
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, enable_gqa=True,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None,
+                                           dropout_p=self.dropout if self.training else 0.0, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))            # (B, H, T, D) -> (B, T, C)
 
 
@@ -215,10 +216,10 @@ class MiniMind(nn.Module):
         self.register_buffer('rope_sin', sin, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # the matrices that write into the residual stream start smaller, as 2 x layers of them add up
-                # there (GPT-2, section 2.3)
+                # matrices that write into the residual stream start smaller, as 2 x layers of them add up there
+                # (Radford et al. 2019, section 2.3)
                 into_stream = name.endswith(('o_proj.weight', 'down_proj.weight'))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if into_stream else 0.02)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers if into_stream else 1))
 
     def forward(self, tokens, targets=None, cache=None):
         """Logits for the token after each token, and their mean loss.
@@ -232,30 +233,31 @@ class MiniMind(nn.Module):
         past = cache.length if cache else 0
         limit = cache.max_tokens if cache else self.config.max_position_embeddings
         if past + T > limit:
-            raise ValueError(f"{past + T} tokens do not fit in {'the cache' if cache else 'the context'} of {limit}")
+            raise ValueError(f"{past + T} tokens exceed the {'cache' if cache else 'context'} of {limit}")
 
         positions = torch.arange(past, past + T, device=tokens.device)                 # (T,)
         if cache is None:
             allowed, cos, sin = None, self.rope_cos[positions], self.rope_sin[positions]     # (T, D)
         else:
             keys = torch.arange(past + T, device=tokens.device)
-            allowed = keys <= positions[:, None]                                       # (T, S): none after itself
-            hidden = keys < cache.padding[:, None]                                     # (B, S): padding
-            # a padding token may look at itself: with nothing to look at, softmax would give NaN
-            allowed = (allowed & ~hidden[:, None, :] | (keys == positions[:, None]))[:, None]    # (B, 1, T, S)
+            own = keys == positions[:, None]                                           # (T, S)
+            real = keys >= cache.padding[:, None]                                      # (B, S)
+            # itself, and what stands before it unless that is padding; a padding token must have something to
+            # look at too, or its softmax is NaN
+            allowed = (own | (keys < positions[:, None]) & real[:, None])[:, None]     # (B, 1, T, S)
             rows = (positions - cache.padding[:, None]).clamp(min=0)                   # (B, T)
             cos, sin = self.rope_cos[rows][:, None], self.rope_sin[rows][:, None]      # (B, 1, T, D)
 
         x = self.model.dropout(self.model.embed_tokens(tokens))                        # (B, T) -> (B, T, C)
         for block in self.model.layers:
             x = block(x, cos, sin, allowed, cache)
-        logits = self.lm_head(self.model.norm(x))                                      # (B, T, C) -> (B, T, V)
+        logits = self.lm_head(self.model.norm(x))                                      # (B, T, V)
         if cache is not None:
             cache.length += T
         if targets is None:
             return logits, None
-        # in float32, but a piece at a time: a copy of all logits would be the largest tensor of the step, and on
-        # a CPU the fresh memory for it costs as much time as the sum itself
+        # in float32, but a piece at a time: a copy of all logits would be the largest tensor of the step, and
+        # on a CPU the fresh memory for it costs more time than the sum itself
         loss = sum(F.cross_entropy(piece.float(), target, ignore_index=-100, reduction='sum')
                    for piece, target in zip(logits.flatten(0, 1).chunk(8), targets.flatten().chunk(8)))
         return logits, loss / (targets != -100).sum().clamp(min=1)

@@ -1,9 +1,9 @@
 """
 Text <-> token arrays: load a tokenizer, tokenise documents and conversations, write and read prepared data.
 
-    python prepare.py                                   # pydoc: docstrings of this machine's Python -> data/pydoc
-    python prepare.py --input=novel.txt                 # your own text -> data/novel
-    python prepare.py --input=corpus.jsonl --tokenizer=gpt2 --on_error=skip     # {"text": ...} a line
+    python prepare.py                              # pydoc, docstrings of this machine's Python -> data/pydoc
+    python prepare.py --input=novel.txt            # your own text -> data/novel
+    python prepare.py --input=corpus.jsonl --tokenizer=gpt2 --on_error=skip      # {"text": ...} a line
 
 A data set is a folder: for each of train and val (held out) three arrays, documents laid end to end,
 
@@ -44,19 +44,24 @@ FORMAT = 1                  # of the prepared folder; raised when its meaning ch
 # ---- tokenizer ----
 
 # ChatML, as `transformers` reads it from tokenizer_config.json; encode_chat below is the same in Python.
-CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}"
-                 "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHAT_TEMPLATE = ("{% for message in messages %}"
+                 "<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
+                 "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 class Tokenizer:
-    """Text <-> ids, over a `tokenizers` backend. Text never becomes a special token: "<|im_end|>" typed by a user
-    is plain characters. Special ids are attributes: eot (<|endoftext|>), im_start, im_end; None where missing."""
+    """Text <-> ids, over a `tokenizers` backend.
+
+    Text never becomes a special token: "<|im_end|>" typed by a user is ten plain characters. The special ids are
+    attributes: eot (<|endoftext|>), im_start and im_end, None where the vocabulary lacks them.
+    """
 
     def __init__(self, backend):
         self.backend = backend
-        backend.encode_special_tokens = True        # the library's name for: take them as ordinary text
+        backend.encode_special_tokens = True        # the library's name for taking them as ordinary text
         self.vocab_size = backend.get_vocab_size()
-        self.eot, self.im_start, self.im_end = map(backend.token_to_id, ('<|endoftext|>', '<|im_start|>', '<|im_end|>'))
+        self.eot = backend.token_to_id('<|endoftext|>')
+        self.im_start, self.im_end = backend.token_to_id('<|im_start|>'), backend.token_to_id('<|im_end|>')
 
     @property
     def fingerprint(self):
@@ -76,13 +81,13 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def save(self, folder):
-        """Write tokenizer.json and tokenizer_config.json, so that transformers.AutoTokenizer loads the folder."""
+        """Write tokenizer.json and tokenizer_config.json; transformers.AutoTokenizer loads the folder too."""
         os.makedirs(folder, exist_ok=True)
         self.backend.save(os.path.join(folder, 'tokenizer.json'))
         config = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
-                      eos_token='<|endoftext|>' if self.im_end is None else '<|im_end|>', pad_token='<|endoftext|>')
+                      eos_token='<|endoftext|>', pad_token='<|endoftext|>')
         if self.im_end is not None:
-            config.update(bos_token='<|im_start|>', chat_template=CHAT_TEMPLATE)
+            config.update(bos_token='<|im_start|>', eos_token='<|im_end|>', chat_template=CHAT_TEMPLATE)
         with open(os.path.join(folder, 'tokenizer_config.json'), 'w', encoding='utf-8') as f:
             json.dump(config, f, ensure_ascii=False, indent=2)
 
@@ -104,7 +109,8 @@ def load_tokenizer(source):
 
 
 def gpt2_tokenizer():
-    """GPT-2's tokenizer from tiktoken, which holds ranks only: a token's merge is the last step of merging its bytes."""
+    """GPT-2's tokenizer from tiktoken. That knows tokens by rank alone; the pair of which a token was merged is
+    what remains when only lower ranks are merged in its bytes."""
     try:
         ranks = tiktoken.get_encoding('gpt2')._mergeable_ranks
     except OSError as e:                            # requests' errors are OSErrors
@@ -125,7 +131,8 @@ def gpt2_tokenizer():
             i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         merges.append((spell(parts[0]), spell(parts[1])))
-    return Tokenizer(byte_level_bpe({spell(token): rank for token, rank in ranks.items()}, merges, ['<|endoftext|>']))
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    return Tokenizer(byte_level_bpe(vocab, merges, ['<|endoftext|>']))
 
 
 def byte_level_bpe(vocab, merges, special):
@@ -140,8 +147,8 @@ def byte_level_bpe(vocab, merges, special):
 def encode_chat(tokenizer, messages, add_generation_prompt=False):
     """A conversation in ChatML -> (ids, mask), two lists of one length (chapter II-9).
 
-    messages  [{'role': 'system' | 'user' | 'assistant', 'content': text}, ...]; outer white space of content is dropped
-    mask      1 on what the assistant has to say: each token of its answer and the <|im_end|> behind it
+    messages  [{'role': 'system' | 'user' | 'assistant', 'content': text}, ...]; white space around content is cut
+    mask      1 on what the assistant has to say: each token of its answer, and the <|im_end|> behind it
     """
     ids, mask = [], []
 
@@ -152,7 +159,7 @@ def encode_chat(tokenizer, messages, add_generation_prompt=False):
     for message in messages:
         role, content = message['role'], message['content'].strip()
         if role == 'assistant':
-            add([tokenizer.im_start, *tokenizer.encode('assistant\n')], 0)      # exactly what generation is given
+            add([tokenizer.im_start, *tokenizer.encode('assistant\n')], 0)      # what generation is given, too
             add([*tokenizer.encode(content), tokenizer.im_end], 1)
         else:
             add([tokenizer.im_start, *tokenizer.encode(f'{role}\n{content}'), tokenizer.im_end], 0)
@@ -191,7 +198,7 @@ class Piece(NamedTuple):
 def read_documents(source='', val_fraction=0.05, on_error='stop'):
     """Yield the Pieces of a source: '' is pydoc, else a .txt or .jsonl file, or a folder of them.
 
-    A .jsonl document is held out by a hash of its text, so the same text never stands on both sides; of a .txt
+    A .jsonl document is held out by a hash of its text, so that equal texts stand on the same side; of a .txt
     file, which is one document, the last part is held out. Malformed input ends the run with file:line, or is
     counted in read_documents.skipped.
     """
@@ -229,7 +236,7 @@ def side(text, val_fraction):
 def read_txt(file, size, val_fraction, piece=1 << 16):
     """(split, text, ends_document, position) of a text file, in pieces of about `piece` bytes.
 
-    A piece ends where white space follows a word. Tokenizers always split there, so the ids are those of the whole.
+    A piece ends where white space follows a word: tokenizers always split there, so no id depends on the pieces.
     """
     decoder = codecs.getincrementaldecoder('utf-8-sig')()
     text, lines, position, border = '', 1, 0, round(size * (1 - val_fraction))
@@ -241,8 +248,8 @@ def read_txt(file, size, val_fraction, piece=1 << 16):
                 try:
                     new = decoder.decode(raw, final=position == size)
                 except UnicodeDecodeError as e:
-                    fail(f"{file}:{lines + e.object[:e.start].count(10)}: not UTF-8 (byte 0x{e.object[e.start]:02x}); "
-                         f"convert it first")
+                    line = lines + e.object[:e.start].count(10)
+                    fail(f"{file}:{line}: not UTF-8 (byte 0x{e.object[e.start]:02x}); convert the file first")
                 lines += new.count('\n')
                 text += new
                 gap = re.search(r'\s+\S*\Z', text)
@@ -284,10 +291,13 @@ def text_of(line):
     """The text of one line of .jsonl; ValueError says what is wrong with it."""
     record = json.loads(line)
     if not isinstance(record, dict) or 'text' not in record:
-        raise ValueError('no field "text"' + (f" (has {', '.join(record)})" if isinstance(record, dict) else ''))
+        fields = f" among {', '.join(record)}" if isinstance(record, dict) else ""
+        raise ValueError('no field "text"' + fields)
     text = record['text']
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError('"text" is empty' if isinstance(text, str) else f'"text" is {type(text).__name__}, not text')
+    if not isinstance(text, str):
+        raise ValueError(f'"text" is not a text but {json.dumps(text)[:40]}')
+    if not text.strip():
+        raise ValueError('"text" is empty')
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -296,9 +306,11 @@ def text_of(line):
 
 
 def pydoc(val_fraction):
-    """Each documented module, class and function of this machine's standard library: its signature, then its
-    docstring. Read from source with `ast`, nothing is imported. Held out by docstring, so that the many functions
-    that share one stand on the same side."""
+    """Every module, class and function of this machine's standard library: its signature, then its docstring.
+
+    Read from source with `ast`; nothing is imported. Held out by docstring, so that functions which share one stand
+    on the same side.
+    """
     root = sysconfig.get_path('stdlib')
     files = []
     for folder, folders, names in os.walk(root):
@@ -316,7 +328,8 @@ def pydoc(val_fraction):
                 continue
             doc = ast.get_docstring(node)
             if isinstance(node, ast.Module):
-                title = 'module ' + os.path.relpath(file, root)[:-3].replace(os.sep, '.').removesuffix('.__init__')
+                name = os.path.relpath(file, root).removesuffix('.py').replace(os.sep, '.')
+                title = f"module {name.removesuffix('.__init__')}"
             elif isinstance(node, ast.ClassDef):
                 title = f"class {node.name}({', '.join(map(ast.unparse, node.bases))})".replace('()', '')
             else:
@@ -388,8 +401,9 @@ def write_data(folder, tokenizer, pieces, source):
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    writers = {split: Split(*(ArrayWriter(os.path.join(partial, f'{split}_{field}.npy'), kind) for field, kind in
-                              zip(Split._fields, (dtype, np.uint8, np.int64)))) for split in ('train', 'val')}
+    kinds = dict(tokens=dtype, mask=np.uint8, offsets=np.int64)
+    writers = {split: Split(**{field: ArrayWriter(os.path.join(partial, f'{split}_{field}.npy'), kind)
+                               for field, kind in kinds.items()}) for split in ('train', 'val')}
     counts = {split: dict(documents=0, tokens=0, bytes=0) for split in writers}
     for w in writers.values():
         w.offsets.append([0])
@@ -434,7 +448,7 @@ def write_data(folder, tokenizer, pieces, source):
 
 if __name__ == '__main__':
     configure(globals(), val_fraction=[0, 1], on_error=('stop', 'skip'))
-    folder = data_folder(dataset or (os.path.splitext(os.path.basename(input.rstrip('/')))[0] if input else 'pydoc'))
+    folder = data_folder(dataset or os.path.splitext(os.path.basename(input.rstrip('/')))[0] or 'pydoc')
     if os.path.basename(folder) != 'pydoc' and not input:
         fail(f"--dataset={dataset} is not built in (pydoc is): name its text with --input=FILE")
     words = load_tokenizer(tokenizer)

@@ -1,16 +1,18 @@
 """
 Pretrain a language model on text: predict each token from those before it (tutorial chapters I-5 and II-8).
 
-    loss = -1/N sum over targets of log p(token | tokens before it)         N targets in the whole step, on all ranks
+    loss = -1/N  sum over N targets of  log p(token | tokens before it)
 
-    python pretrain.py                                  # offline, minutes on a laptop: tokenizer, data, training
+N counts the targets of the whole step, over its micro-batches and ranks, so the loss does not depend on how they are cut.
+
+    python pretrain.py                            # offline, minutes on a laptop: tokenizer, data, training
     python pretrain.py --batch_size=8 --max_iters=20
     python pretrain.py --init_from=resume               # after Ctrl-C, a crash, or to go on
     torchrun --nproc_per_node=4 pretrain.py --dataset=mytext --gradient_accumulation_steps=16
 
-What to expect: the loss starts near ln(vocabulary), falls fast while word frequencies are learned, then slowly.
-Held-out loss in bits per byte compares models of different tokenizers. A held-out loss that rises while the training
-loss falls is overfitting: more text, a smaller model, or some dropout.
+What to expect: the loss starts near ln(vocabulary), falls fast while the frequencies of words are learned, then ever
+slower. Bits per byte compare models of different tokenizers. A held-out loss that rises while the training loss
+falls is overfitting, for which more text helps, a smaller model, or some dropout.
 """
 import functools
 import math
@@ -33,7 +35,7 @@ from sample import generate, load_run, stop_ids
 
 # the run
 out_dir = 'out/pretrain'        # where checkpoint, tokenizer, metrics and picture go
-init_from = 'scratch'           # 'scratch', 'resume' (what out_dir holds), or the folder of a run to start from
+init_from = 'scratch'           # 'scratch', 'resume' (go on in out_dir), or the folder of a run to start from
 max_iters = 1000                # optimizer steps
 eval_interval = 250             # save, measure the held-out loss and print a sample every so many steps
 eval_iters = 200                # batches of held-out text to measure on, at most
@@ -43,7 +45,7 @@ seed = 1337                     # of the weights, the order of the data, dropout
 wandb_log = False               # log to Weights & Biases too
 # the data
 dataset = 'pydoc'               # name in data/, or a path; pydoc is prepared when missing
-tokenizer = ''                  # what the data must be tokenised with: a folder, or 'gpt2'; '' is the data's own
+tokenizer = ''                  # what the data must be tokenised with: a folder or 'gpt2'; '' takes its own
 batch_size = 16                 # rows in a micro-batch
 gradient_accumulation_steps = 1 # micro-batches in a step, over all ranks together
 block_size = 256                # tokens in a row: the context
@@ -63,7 +65,7 @@ weight_decay = 0.1              # on matrices only
 grad_clip = 1.0                 # longest gradient; 0 is no limit
 # the machine
 device = 'auto'                 # 'auto' takes cuda, then mps, then cpu
-dtype = 'auto'                  # 'float32', 'bfloat16', 'float16'; 'auto' is bfloat16 where the hardware multiplies in it
+dtype = 'auto'                  # 'float32', 'bfloat16' or 'float16'; 'auto' is bfloat16 where that is fast
 compile = False                 # torch.compile: slow to start, faster on a GPU
 
 
@@ -71,8 +73,8 @@ compile = False                 # torch.compile: slow to start, faster on a GPU
 
 @functools.lru_cache(maxsize=2)
 def window_starts(n_tokens, block_size, seed, epoch):
-    """Where each row of an epoch starts: windows that tile the text once, shuffled, the tiling shifted every epoch.
-    A function of its arguments alone, so that a resumed run needs no sampler state. 8 bytes a window."""
+    """Where each row of an epoch starts: windows that tile the text, shuffled, and shifted anew each epoch. It is a
+    function of its arguments alone, so a resumed run has no sampler state to lose. 8 bytes a window."""
     windows = max(1, (n_tokens - 1) // block_size - 1)
     rng = np.random.default_rng([seed, epoch])
     shift = rng.integers(max(1, n_tokens - windows * block_size))
@@ -130,8 +132,9 @@ def sample_text(model, tokenizer, start, device, max_new_tokens=60):
     """A short text at temperature 0.7, the same random numbers each time, so that samples compare."""
     model.eval()
     ids = [tokenizer.eot, *tokenizer.encode(start)][-model.config.max_position_embeddings // 2:]
-    new = [t.item() for t in generate(model, torch.tensor([ids], device=device), max_new_tokens, stop_ids(tokenizer),
-                                      torch.Generator(device).manual_seed(0), temperature=0.7, top_p=0.95)]
+    generator = torch.Generator(device).manual_seed(0)
+    new = [token.item() for token in generate(model, torch.tensor([ids], device=device), max_new_tokens,
+                                              stop_ids(tokenizer), generator, temperature=0.7, top_p=0.95)]
     model.train()
     return start + tokenizer.decode(new[:-1] if new[-1] in stop_ids(tokenizer) else new)
 
@@ -153,9 +156,9 @@ def prepare_missing(dataset, tokenizer):
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay):
-    """Muon (Jordan et al. 2024) turns the gradient of a matrix into the nearest orthogonal one, so that no direction
-    dominates a step. It suits the matrices inside the blocks; embedding, head and norms take AdamW, norms without
-    weight decay. 'match_rms_adamw' scales Muon's steps like AdamW's, so one learning rate serves both."""
+    """Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal matrix, so that no
+    direction dominates the step. It is made for the matrices inside the blocks; embedding, head and norms take
+    AdamW, the norms without weight decay."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.dim() == 2 and '.layers.' in name and optimizer == 'muon']
     rest = [p for _, p in named if all(p is not m for m in matrices)]
@@ -192,8 +195,9 @@ if __name__ == '__main__':
     # model
     try:
         model_config = MiniMindConfig(
-            vocab_size=words.vocab_size, hidden_size=n_embd, num_hidden_layers=n_layer, num_attention_heads=n_head,
-            num_key_value_heads=n_kv_head, max_position_embeddings=block_size, qk_norm=qk_norm, dropout=dropout)
+            vocab_size=words.vocab_size, hidden_size=n_embd, num_hidden_layers=n_layer,
+            num_attention_heads=n_head, num_key_value_heads=n_kv_head, qk_norm=qk_norm,
+            max_position_embeddings=block_size, dropout=dropout)
     except ValueError as e:
         fail(f"{e}; they are set by --n_embd, --n_head and --n_kv_head")
     model = MiniMind(model_config)
@@ -217,7 +221,7 @@ if __name__ == '__main__':
         scaler.load_state_dict(checkpoint['scaler'])
         restore_rng(run, checkpoint['rng'], first_step)
         if first_step >= max_iters:
-            fail(f"{out_dir} is at step {first_step:,} of max_iters={max_iters:,}: it has ended; raise --max_iters")
+            fail(f"{out_dir} has reached step {first_step:,} of max_iters={max_iters:,}: raise --max_iters to go on")
     compiled = torch.compile(model) if compile else model
     wrapped = compiled
     if run.world_size > 1:
@@ -236,20 +240,21 @@ if __name__ == '__main__':
 
     # train
     began = time.time()
-    seconds, since, eval_seconds = 0.0, 0, 0.0              # training time and steps since the last line; of an evaluation
+    seconds, since, eval_seconds = 0.0, 0, 0.0              # time and steps since the last line; of an evaluation
     wrapped.train()
     for step in range(first_step, max_iters + 1):
         clock_start = time.time()
         starts = step_starts(len(train.tokens), block_size, seed, step, rows)[run.rank::run.world_size]
-        batches = [batch_at(train, starts[i:i + batch_size], block_size) for i in range(0, len(starts), batch_size)]
+        batches = [batch_at(train, starts[i:i + batch_size], block_size)
+                   for i in range(0, len(starts), batch_size)]
         # all ranks agree on the number of targets, and on whether to stop
         n_targets, stopping = run.sum(sum((y != -100).sum().item() for _, y in batches), stop.signal > 0)
 
         due = step % eval_interval == 0 or step == max_iters
         if step > first_step and (due or stopping):
-            save_checkpoint(run, out_dir, model=model.state_dict(), model_type='minimind',
-                            model_config=asdict(model_config), optimizers=[o.state_dict() for o in optimizers],
-                            scaler=scaler.state_dict(), step=step, settings=config, tokenizer=words.fingerprint)
+            save_checkpoint(run, out_dir, step=step, settings=config, tokenizer=words.fingerprint,
+                            model_type='minimind', model_config=asdict(model_config), model=model.state_dict(),
+                            optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict())
         if stopping:
             break
         if due:
@@ -272,7 +277,7 @@ if __name__ == '__main__':
         for i, batch in enumerate(batches):
             x, y = to_device(batch, run.device)
             if run.world_size > 1:
-                wrapped.require_backward_grad_sync = i == len(batches) - 1      # sum over ranks once, at the end
+                wrapped.require_backward_grad_sync = i == len(batches) - 1      # sum over ranks once
             with run.autocast():
                 loss = wrapped(x, y)[1] * (y != -100).sum()                     # mean -> sum over the targets
             total += loss.detach()
@@ -292,8 +297,8 @@ if __name__ == '__main__':
             if master:
                 speed = since / max(seconds, 1e-9)
                 evals = (max_iters - 1) // eval_interval - step // eval_interval + 1
-                log.write(step=step, loss=loss, lr=lr, grad_norm=norm.item(), tokens=(step + 1) * rows * block_size,
-                          tokens_per_second=speed * rows * block_size)
+                log.write(step=step, loss=loss, lr=lr, grad_norm=norm.item(),
+                          tokens=(step + 1) * rows * block_size, tokens_per_second=speed * rows * block_size)
                 print(f"step {step:6,}/{max_iters:,}  loss {loss:.4f}  lr {lr:.2e}  grad norm {norm:.2f}  "
                       f"{speed * rows * block_size:,.0f} tokens/s  "
                       f"{clock((max_iters - 1 - step) / speed + evals * eval_seconds)} left", flush=True)
@@ -302,10 +307,10 @@ if __name__ == '__main__':
     if master:
         log.draw()
         if stopping:
-            print(f"stopped at step {step:,}" + (
-                f", saved in {out_dir}; go on with --init_from=resume" if step else ", with nothing to save yet"))
+            saved = f"saved in {out_dir}; go on with --init_from=resume" if step else "nothing to save yet"
+            print(f"stopped at step {step:,}; {saved}")
         else:
-            print(f"done in {clock(time.time() - began)}: {out_dir} holds the model. Let it speak: python sample.py")
+            print(f"done in {clock(time.time() - began)}; the model is in {out_dir}: python sample.py")
     if run.world_size > 1:
         dist.destroy_process_group()
     sys.exit(128 + stop.signal if stopping else 0)

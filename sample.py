@@ -5,8 +5,8 @@ Generate text from a trained model (tutorial chapter I-6).
     python sample.py --out_dir=out/pretrain --start=FILE:prompt.txt --temperature=0
     echo "class Queue" | python sample.py --start=- --num_samples=3 --seed=7
 
-A model gives one number per token, its logit; softmax turns them into the distribution of the next token. Decoding
-is how to pick from it: the likeliest token each time (greedy, temperature=0), or at random, after
+A model gives each token a number, its logit; softmax turns them into the distribution of the next token. Decoding
+picks from it: the likeliest token each time (greedy, temperature=0), or one at random, after
     temperature   divides the logits: below 1 sharper, above 1 flatter
     top_k         only the k likeliest tokens remain
     top_p         only the likeliest tokens that together reach probability p remain (Holtzman et al. 2020)
@@ -28,11 +28,11 @@ top_k = 0                   # keep only the k likeliest tokens; 0 keeps all
 top_p = 0.95                # keep only the likeliest tokens up to this total probability; 1 keeps all
 seed = 1337                 # same seed, same text
 device = 'auto'             # 'auto' takes cuda, then mps, then cpu
-dtype = 'auto'              # 'float32', 'bfloat16', 'float16'; 'auto' is bfloat16 where the hardware multiplies in it
+dtype = 'auto'              # 'float32', 'bfloat16' or 'float16'; 'auto' is bfloat16 where that is fast
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Pick the next token of each row: logits (B, V) -> tokens (B,). Illegal settings are the caller's to refuse."""
+    """Pick the next token of each row: logits (B, V) -> tokens (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -42,7 +42,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(dim=-1)
-        drop = p.cumsum(dim=-1) - p >= top_p                                # those before it already reach top_p
+        drop = p.cumsum(dim=-1) - p >= top_p                                # what stands before reaches top_p
         drop[:, 0] = False                                                  # the likeliest always stays
         logits = logits.masked_fill(drop.scatter(1, index, drop), float('-inf'))
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
@@ -50,7 +50,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 @torch.no_grad()
 def generate(model, tokens, max_new_tokens, stop=(), generator=None, **how):
-    """Continue a batch of prompts of equal length, yielding the next token of every row, (B,), as soon as it is there.
+    """Continue a batch of prompts of equal length; yield the next token of every row, (B,), as it comes.
 
     tokens  (B, T) int64, at least one token; T must fit the model's context
     stop    ids at which a row ends; an ended row repeats its last token until all rows have ended
@@ -62,7 +62,7 @@ def generate(model, tokens, max_new_tokens, stop=(), generator=None, **how):
     ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
     stop = torch.tensor(sorted(stop), dtype=torch.long, device=tokens.device)
     for _ in range(max_new_tokens):
-        logits, _ = model(tokens, cache=cache)                              # the prompt, then one token at a time
+        logits, _ = model(tokens, cache=cache)                              # first the prompt, then the new token
         new = torch.where(ended, tokens[:, -1], choose(logits[:, -1], generator=generator, **how))
         yield new
         ended = ended | torch.isin(new, stop)
@@ -83,7 +83,7 @@ def load_run(folder, device='cpu'):
 
 
 def read_prompt(start):
-    """The text of a prompt setting: itself, FILE:path, or '-' for standard input; one final newline is dropped."""
+    """The text of a prompt: itself, or from FILE:path or standard input ('-'), less one final newline."""
     if start != '-' and not start.startswith('FILE:'):
         return start
     where = 'standard input' if start == '-' else start[5:]
@@ -120,8 +120,8 @@ if __name__ == '__main__':
         print('-' * 40 + '\n' if i else '', end='')
         new, shown = [], tokenizer.decode(ids[1:])
         print(shown, end='', flush=True)
-        for token in generate(model, torch.tensor([ids], device=run.device), max_new_tokens, stop_ids(tokenizer),
-                              generator, temperature=temperature, top_k=top_k, top_p=top_p):
+        for token in generate(model, torch.tensor([ids], device=run.device), max_new_tokens,
+                              stop_ids(tokenizer), generator, temperature=temperature, top_k=top_k, top_p=top_p):
             if token.item() in stop_ids(tokenizer):
                 break
             new.append(token.item())

@@ -1,13 +1,13 @@
 """
 Train a tokenizer: byte-pair encoding over bytes, as GPT-2 and MiniMind use (tutorial chapters II-1 and I-1).
 
-    python train_tokenizer.py                                     # on pydoc -> out/tokenizer
+    python train_tokenizer.py                        # on pydoc -> out/tokenizer
     python train_tokenizer.py --input=corpus.jsonl --vocab_size=6400
-    python train_tokenizer.py --trace=5                           # watch byte-pair encoding merge, pair by pair
+    python train_tokenizer.py --trace=5              # watch byte-pair encoding merge, pair by pair
     python train_tokenizer.py --kind=word --input=the-verdict.txt --out_dir=out/words
 
-Byte-pair encoding (Sennrich et al. 2016) starts from single bytes and merges the most frequent neighbours into
-one new token, again and again, until the vocabulary is full. No text is outside its vocabulary, as every byte is in it.
+Byte-pair encoding (Sennrich et al. 2016) starts from single bytes and merges the most frequent neighbours into one
+new token, again and again, until the vocabulary is full. As every byte is in it, no text is ever unknown.
 """
 import os
 from collections import Counter
@@ -43,8 +43,8 @@ def train_bpe(texts, vocab_size):
 
 
 def train_lookup(texts, vocab_size, kind):
-    """A vocabulary that is a mere list of the words (or characters) seen, plus <|endoftext|> and <|unk|>, in which
-    every other word ends up. Chapter I-1 builds it by hand: sorted, the two special tokens last."""
+    """A vocabulary that is a mere list of the words or characters seen, sorted, then <|endoftext|> and <|unk|>, as
+    chapter I-1 builds it by hand. Whatever is not in the list becomes <|unk|>."""
     splitter = (pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'), 'isolated') if kind == 'char' else
                 pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(r'\s+'), 'removed'),
                                          pre_tokenizers.Split(tokenizers.Regex(PUNCTUATION), 'isolated')]))
@@ -54,8 +54,9 @@ def train_lookup(texts, vocab_size, kind):
     backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token='<|unk|>'))
     backend.pre_tokenizer = splitter
     # words are joined by a space, except before punctuation
-    backend.decoder = decoders.Fuse() if kind == 'char' else decoders.Sequence([
-        decoders.Replace(tokenizers.Regex(r'^(?![,.:;?!"()\'])'), ' '), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    spaced = [decoders.Replace(tokenizers.Regex(r'^(?![,.:;?!"()\'])'), ' '), decoders.Fuse(),
+              decoders.Strip(' ', 1, 0)]
+    backend.decoder = decoders.Fuse() if kind == 'char' else decoders.Sequence(spaced)
     backend.add_special_tokens([tokenizers.AddedToken(s, special=True, normalized=False)
                                 for s in ('<|endoftext|>', '<|unk|>')])
     return backend
@@ -64,7 +65,7 @@ def train_lookup(texts, vocab_size, kind):
 def bpe_merges(word_counts, n):
     """The algorithm in the open: yield (pair, its count) for the first n merges over {word: how often}.
 
-    A word is its letters and a mark </w> for its end, so that "est" inside a word and "est" at its end differ.
+    A word is its letters and a mark for its end, </w>, so that "est" inside a word and "est" at its end differ.
     Each turn counts all neighbouring pairs and merges the most frequent one; of equals, the first met.
     """
     words = [([*word, '</w>'], count) for word, count in word_counts.items()]
@@ -86,7 +87,7 @@ def bpe_merges(word_counts, n):
 
 
 def training_texts(source, val_fraction, max_bytes, held_out):
-    """Training text piece by piece, up to max_bytes; up to a megabyte of held-out text goes into the list held_out."""
+    """Yield training text up to max_bytes; the first megabyte of held-out text goes into the list held_out."""
     size, kept, progress = 0, 0, Progress('reading')
     for piece in read_documents(source, val_fraction):
         if piece.split == 'val':
@@ -103,21 +104,21 @@ def training_texts(source, val_fraction, max_bytes, held_out):
 
 
 def report(tokenizer, held_out):
-    """Print how well the tokenizer compresses held-out text, and whether text of every kind survives a round trip."""
+    """Print how well the tokenizer compresses held-out text, and which kinds of text survive a round trip."""
     size, tokens = sum(len(t.encode()) for t in held_out), sum(map(len, tokenizer.encode_batch(held_out)))
     print(f"vocabulary    {tokenizer.vocab_size:,} tokens")
-    print(f"compression   {size / tokens:.2f} bytes per token on {size:,} bytes of held-out text" if tokens else
-          "compression   no held-out text to measure it on")
-    for name, text in (('Chinese', '大模型炼丹术：从零开始，训练一个语言模型。'), ('emoji', '🚀👩‍👩‍👧‍👦🇨🇳 👍🏽'),
-                       ('code', 'def f(x):\n\treturn  {"a": x**2}  # <|endoftext|>\r\n'),
-                       ('control', ''.join(map(chr, range(32))) + '\x7f\x85\u200b\ufeff'), ('held out', held_out[0])):
+    print(f"compression   {size / max(1, tokens):.2f} bytes per token on {size:,} bytes of held-out text")
+    kinds = {'Chinese': '大模型炼丹术：从零开始，训练一个语言模型。', 'emoji': '🚀👩\u200d👩\u200d👧\u200d👦🇨🇳 👍🏽',
+             'code': 'def f(x):\n\treturn  {"a": x**2}  # <|endoftext|>\r\n',
+             'control': ''.join(map(chr, range(32))) + '\x7f\x85\u200b\ufeff', 'held out': ''.join(held_out[:9])}
+    for name, text in kinds.items():
         ids = tokenizer.encode(text)
         print(f"round trip    {name:9} {'exact' if tokenizer.decode(ids) == text else 'LOSSY':6} "
               f"{len(text.encode()):6,} bytes {len(ids):6,} tokens")
 
 
 if __name__ == '__main__':
-    configure(globals(), kind=('bpe', 'word', 'char'), vocab_size=4, max_bytes=1, val_fraction=[0, 0.9], trace=0)
+    configure(globals(), kind=('bpe', 'word', 'char'), vocab_size=3, max_bytes=1, val_fraction=[0, 1], trace=0)
     if trace:
         words = Counter()
         for text in training_texts(input, val_fraction, 10_000_000, []) if input else ():
@@ -127,8 +128,7 @@ if __name__ == '__main__':
             print(f"{i:5}  {count:5}  {pair[0]} + {pair[1]} -> {''.join(pair)}")
         raise SystemExit
     if kind == 'bpe' and vocab_size < len(SPECIAL) + 256:
-        fail(f"--vocab_size={vocab_size}: byte-level BPE needs at least {len(SPECIAL) + 256}, the special tokens and "
-             f"every byte")
+        fail(f"--vocab_size={vocab_size}: byte-level BPE needs at least {len(SPECIAL) + 256}, 256 of them bytes")
     held_out = []
     texts = training_texts(input, val_fraction, max_bytes, held_out)
     backend = train_bpe(texts, vocab_size) if kind == 'bpe' else train_lookup(texts, vocab_size, kind)

@@ -1,0 +1,92 @@
+"""What the tests share: a way to run a script as a user does, and small things to run it on.
+
+Nothing here needs a network or anything outside the repository. The scripts run in processes of their own, from
+an empty folder, with all they write below pytest's temporary folder.
+"""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from prepare import Tokenizer  # noqa: E402  (the line above makes it importable)
+from train_tokenizer import train_bpe  # noqa: E402
+
+TEXT = """The licence of a lighthouse keeper is renewed each spring, when the keeper reads the rules aloud.
+Read the rules of the light: never let it go out, never let it go unseen, never ask the sea for a favour.
+A keeper who asks the sea for a favour is given one, and the next keeper reads the rules of the light alone.
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script('sample.py', '--seed=1') runs it in an empty folder and returns the finished process.
+
+    code   the exit code it must have. Code 2, a user's mistake, must come with one line on stderr.
+    input  bytes or text for standard input;  torchrun  number of ranks, 0 for plain python
+    """
+    def run(name, *args, code=0, input=None, torchrun=0, env=()):
+        python = [sys.executable]
+        if torchrun:
+            python += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}']
+        data = input.encode() if isinstance(input, str) else input
+        done = subprocess.run([*python, str(ROOT / name), *map(str, args)], cwd=tmp_path, input=data,
+                              capture_output=True, timeout=300, env={**os.environ, **dict(env)})
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+        assert done.returncode == code, f"{name} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        assert 'Traceback' not in done.stderr
+        if code == 2:
+            assert len(done.stderr.splitlines()) == 1, done.stderr
+        return done
+    return run
+
+
+@pytest.fixture(scope='session')
+def tokenizer():
+    """A byte-level BPE tokenizer of 400 tokens with the three special ones, trained on TEXT."""
+    return Tokenizer(train_bpe([TEXT] * 5, 400))
+
+
+@pytest.fixture(scope='session')
+def tokenizer_folder(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tokenizer')
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def shared():
+    """shared('data/the-verdict.txt') is the path of a file of the tutorial; the test is skipped where it is not.
+
+    Set TUTORIAL_FILES to a folder that holds data/ and tiktoken/; by default it is shared/ beside the repository.
+    """
+    def find(name):
+        path = Path(os.environ.get('TUTORIAL_FILES', ROOT.parent / 'shared')) / name
+        if not path.exists():
+            pytest.skip(f"{name} is not here: set TUTORIAL_FILES to a folder that has it")
+        return path
+    return find
+
+
+@pytest.fixture(scope='session')
+def gpt2(shared):
+    """GPT-2's own tokenizer, where tiktoken has it on disk."""
+    from prepare import load_tokenizer
+    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(shared('tiktoken')))
+    return load_tokenizer('gpt2')
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    torch.manual_seed(0)
+
+
+def numbers(pattern, text):
+    """All numbers that stand where the pattern has (...), as floats: numbers('loss (.+?) ', output)."""
+    return [float(n.replace(',', '')) for n in re.findall(pattern, text)]
