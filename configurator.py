@@ -9,7 +9,7 @@ overrides them with what the config files and then the command line say:
 
     python pretrain.py config/small.py --batch_size=8 --start="def is_"
 
-A relative path in a script or a config file starts at the repository, one on the command line where you stand.
+A relative path in a script or a config file starts at the repository, one on the command line where you are.
 A mistake of the user ends in one line on stderr and exit code 2, through `fail`.
 """
 import ast
@@ -29,11 +29,11 @@ import torch.distributed as dist
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# What a setting of a common name may be. A tuple lists the values, a list gives two bounds, a number is the least.
+# What settings of common names may be: a tuple lists the values, a list gives bounds, a number is the least.
 LEGAL = dict(dtype=('auto', 'float32', 'bfloat16', 'float16'), batch_size=1, gradient_accumulation_steps=1,
-             block_size=1, max_iters=0, eval_interval=1, eval_iters=1, log_interval=1, learning_rate=0, min_lr=0,
-             warmup_iters=0, weight_decay=0, grad_clip=0, n_layer=1, n_head=1, n_kv_head=1, n_embd=1,
-             dropout=[0, 1], seed=0)
+             block_size=1, max_iters=0, eval_interval=1, eval_iters=1, log_interval=1, learning_rate=0,
+             min_lr=0, warmup_iters=0, weight_decay=0, grad_clip=0, n_layer=1, n_head=1, n_kv_head=1,
+             n_embd=1, dropout=[0, 1], seed=0)
 
 
 def fail(message):
@@ -53,7 +53,8 @@ def configure(settings, **legal):
     With init_from='resume' the settings of the interrupted run stand in for the defaults.
     """
     sys.excepthook = quiet_interrupt
-    keys = [k for k, v in settings.items() if k.islower() and k[0] != '_' and type(v) in (bool, int, float, str)]
+    keys = [k for k, v in settings.items()
+            if k.islower() and k[0] != '_' and type(v) in (bool, int, float, str)]
     legal = {**LEGAL, **legal}
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help(settings, keys)
@@ -77,11 +78,11 @@ def configure(settings, **legal):
 
 
 def check(settings, keys, legal, key, value, where):
-    """The value for a setting, text turned into a Python literal of its type; `where` is named if it is wrong."""
+    """The value for a setting, text turned into a Python literal of its type; `where` is named in errors."""
     if key not in keys:
         near = difflib.get_close_matches(key, keys, n=1)
-        fail(f"{where}: unknown setting {key!r}; " + (f"did you mean {near[0]!r}? (--help lists all)" if near else
-                                                      f"the settings are {', '.join(keys)}"))
+        hint = f"did you mean {near[0]!r}? (--help lists all)" if near else f"there are {', '.join(keys)}"
+        fail(f"{where}: unknown setting {key!r}; {hint}")
     kind = type(settings[key])
     if value is True and kind is not bool:
         fail(f"{where}: {key} needs a value, as in --{key}={settings[key]}")
@@ -89,7 +90,7 @@ def check(settings, keys, legal, key, value, where):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            pass                                        # no literal: plain text, right for a str setting alone
+            pass                                # no literal: plain text, right for a str setting alone
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
@@ -136,7 +137,8 @@ def print_help(settings, keys):
     with open(settings['__file__'], encoding='utf-8') as f:
         source = f.read()
     comments = {token.start[0]: token.string.lstrip('# ')
-                for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+                for token in tokenize.generate_tokens(io.StringIO(source).readline)
+                if token.type == tokenize.COMMENT}
     lines = {node.targets[0].id: node.lineno for node in ast.parse(source).body
              if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
     print(settings['__doc__'].strip(), "\n\nSettings, as --key=value:")
@@ -181,7 +183,7 @@ class Run:
 
 
 def start_run(device='auto', dtype='auto', seed=0):
-    """Resolve device and dtype, join the other ranks under torchrun, seed torch (differently on each rank)."""
+    """Resolve device and dtype, join the other ranks under torchrun, seed torch differently on each rank."""
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if device == 'auto':
         mps = torch.backends.mps.is_available()
@@ -228,7 +230,7 @@ def make_folder(path):
 
 
 def save_checkpoint(run, out_dir, **state):
-    """Write out_dir/ckpt.pt, whole or not at all. Every rank calls this; rank 0 writes, with the RNG of each."""
+    """Write out_dir/ckpt.pt, whole or not at all. Every rank calls this; rank 0 writes."""
     rng = {'cpu': torch.get_rng_state()}
     if run.device.type == 'cuda':
         rng['cuda'] = torch.cuda.get_rng_state(run.device)
@@ -257,7 +259,7 @@ def load_checkpoint(out_dir):
         if 'model_config' in state:
             return state
         reason = 'it holds no model_config'
-    except Exception as e:                              # torch raises many kinds over a file that is not its own
+    except Exception as e:                      # torch raises many kinds over a file that is not its own
         reason = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
     fail(f"{path} is not a checkpoint of this project ({reason})")
 
@@ -278,7 +280,7 @@ class MetricsLog:
     """out_dir/metrics.jsonl, one JSON object a line, and a picture of the losses in it. For rank 0."""
 
     def __init__(self, out_dir, step=0, wandb_log=False, settings=None):
-        """step: where this run starts; what an earlier one logged from there on is dropped, as it comes again."""
+        """step: where this run starts; what an earlier one logged from there on is dropped."""
         self.path, self.lines, self.wandb = os.path.join(out_dir, 'metrics.jsonl'), [], None
         if step and os.path.isfile(self.path):
             with open(self.path, encoding='utf-8') as f:

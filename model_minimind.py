@@ -56,7 +56,7 @@ class MiniMindConfig:
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4; chapter II-2).
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, eq. 4; chapter II-2).
 
     It is LayerNorm without the mean and the bias: on input of zero mean the two agree.
     """
@@ -95,8 +95,8 @@ def apply_rope(x, cos, sin):
 
 
 def plain_attention(q, k, v, allowed):
-    """softmax(q k^T / sqrt(D)) v, written out (Vaswani et al. 2017, eq. 1). It is here to be read, and for the
-    test that holds the fused kernel equal to it; the kernel never stores the (T, S) scores.
+    """softmax(q k^T / sqrt(D)) v, written out (Vaswani et al. 2017, eq. 1). It is here to be read, and for
+    the test that holds the fused kernel equal to it; the kernel never stores the (T, S) scores.
 
     q (B, H, T, D); k, v (B, H_kv, S, D); allowed (T, S) or (B, 1, T, S), True where a query may look.
     """
@@ -216,8 +216,8 @@ class MiniMind(nn.Module):
         self.register_buffer('rope_sin', sin, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # matrices that write into the residual stream start smaller, as 2 x layers of them add up there
-                # (Radford et al. 2019, section 2.3)
+                # matrices that write into the residual stream start smaller, as 2 x layers of them add up
+                # there (Radford et al. 2019, section 2.3)
                 into_stream = name.endswith(('o_proj.weight', 'down_proj.weight'))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers if into_stream else 1))
 

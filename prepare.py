@@ -52,8 +52,8 @@ CHAT_TEMPLATE = ("{% for message in messages %}"
 class Tokenizer:
     """Text <-> ids, over a `tokenizers` backend.
 
-    Text never becomes a special token: "<|im_end|>" typed by a user is ten plain characters. The special ids are
-    attributes: eot (<|endoftext|>), im_start and im_end, None where the vocabulary lacks them.
+    Text never becomes a special token: "<|im_end|>" typed by a user is ten plain characters. The special ids
+    are attributes: eot (<|endoftext|>), im_start and im_end, None where the vocabulary lacks them.
     """
 
     def __init__(self, backend):
@@ -109,8 +109,8 @@ def load_tokenizer(source):
 
 
 def gpt2_tokenizer():
-    """GPT-2's tokenizer from tiktoken. That knows tokens by rank alone; the pair of which a token was merged is
-    what remains when only lower ranks are merged in its bytes."""
+    """GPT-2's tokenizer from tiktoken. That knows tokens by rank alone; the pair of which a token was merged
+    is what remains when only lower ranks are merged in its bytes."""
     try:
         ranks = tiktoken.get_encoding('gpt2')._mergeable_ranks
     except OSError as e:                            # requests' errors are OSErrors
@@ -147,7 +147,7 @@ def byte_level_bpe(vocab, merges, special):
 def encode_chat(tokenizer, messages, add_generation_prompt=False):
     """A conversation in ChatML -> (ids, mask), two lists of one length (chapter II-9).
 
-    messages  [{'role': 'system' | 'user' | 'assistant', 'content': text}, ...]; white space around content is cut
+    messages  [{'role': 'system' | 'user' | 'assistant', 'content': text}, ...]; content is stripped
     mask      1 on what the assistant has to say: each token of its answer, and the <|im_end|> behind it
     """
     ids, mask = [], []
@@ -159,7 +159,7 @@ def encode_chat(tokenizer, messages, add_generation_prompt=False):
     for message in messages:
         role, content = message['role'], message['content'].strip()
         if role == 'assistant':
-            add([tokenizer.im_start, *tokenizer.encode('assistant\n')], 0)      # what generation is given, too
+            add([tokenizer.im_start, *tokenizer.encode('assistant\n')], 0)  # what generation is given, too
             add([*tokenizer.encode(content), tokenizer.im_end], 1)
         else:
             add([tokenizer.im_start, *tokenizer.encode(f'{role}\n{content}'), tokenizer.im_end], 0)
@@ -236,7 +236,7 @@ def side(text, val_fraction):
 def read_txt(file, size, val_fraction, piece=1 << 16):
     """(split, text, ends_document, position) of a text file, in pieces of about `piece` bytes.
 
-    A piece ends where white space follows a word: tokenizers always split there, so no id depends on the pieces.
+    A piece ends where white space follows a word: tokenizers always split there, so no id depends on where.
     """
     decoder = codecs.getincrementaldecoder('utf-8-sig')()
     text, lines, position, border = '', 1, 0, round(size * (1 - val_fraction))
@@ -308,8 +308,8 @@ def text_of(line):
 def pydoc(val_fraction):
     """Every module, class and function of this machine's standard library: its signature, then its docstring.
 
-    Read from source with `ast`; nothing is imported. Held out by docstring, so that functions which share one stand
-    on the same side.
+    Read from source with `ast`; nothing is imported. Held out by docstring, so that functions which share one
+    stand on the same side.
     """
     root = sysconfig.get_path('stdlib')
     files = []

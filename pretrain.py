@@ -3,16 +3,16 @@ Pretrain a language model on text: predict each token from those before it (tuto
 
     loss = -1/N  sum over N targets of  log p(token | tokens before it)
 
-N counts the targets of the whole step, over its micro-batches and ranks, so the loss does not depend on how they are cut.
+N counts the targets of the whole step, over its micro-batches and ranks: how they are cut does not matter.
 
     python pretrain.py                            # offline, minutes on a laptop: tokenizer, data, training
     python pretrain.py --batch_size=8 --max_iters=20
     python pretrain.py --init_from=resume               # after Ctrl-C, a crash, or to go on
     torchrun --nproc_per_node=4 pretrain.py --dataset=mytext --gradient_accumulation_steps=16
 
-What to expect: the loss starts near ln(vocabulary), falls fast while the frequencies of words are learned, then ever
-slower. Bits per byte compare models of different tokenizers. A held-out loss that rises while the training loss
-falls is overfitting, for which more text helps, a smaller model, or some dropout.
+What to expect: the loss starts near ln(vocabulary), falls fast while the frequencies of words are learned,
+then ever slower. Bits per byte compare models of different tokenizers. A held-out loss that rises while the
+training loss falls is overfitting, for which more text helps, a smaller model, or some dropout.
 """
 import functools
 import math
@@ -73,8 +73,8 @@ compile = False                 # torch.compile: slow to start, faster on a GPU
 
 @functools.lru_cache(maxsize=2)
 def window_starts(n_tokens, block_size, seed, epoch):
-    """Where each row of an epoch starts: windows that tile the text, shuffled, and shifted anew each epoch. It is a
-    function of its arguments alone, so a resumed run has no sampler state to lose. 8 bytes a window."""
+    """Where each row of an epoch starts: windows that tile the text, shuffled, and shifted anew each epoch.
+    It is a function of its arguments alone, so there is no sampler state to lose. 8 bytes a window."""
     windows = max(1, (n_tokens - 1) // block_size - 1)
     rng = np.random.default_rng([seed, epoch])
     shift = rng.integers(max(1, n_tokens - windows * block_size))
@@ -156,9 +156,9 @@ def prepare_missing(dataset, tokenizer):
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay):
-    """Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal matrix, so that no
-    direction dominates the step. It is made for the matrices inside the blocks; embedding, head and norms take
-    AdamW, the norms without weight decay."""
+    """Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal matrix, so that
+    no direction dominates the step. It is made for the matrices inside the blocks; embedding, head and norms
+    take AdamW, the norms without weight decay."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.dim() == 2 and '.layers.' in name and optimizer == 'muon']
     rest = [p for _, p in named if all(p is not m for m in matrices)]
@@ -221,7 +221,7 @@ if __name__ == '__main__':
         scaler.load_state_dict(checkpoint['scaler'])
         restore_rng(run, checkpoint['rng'], first_step)
         if first_step >= max_iters:
-            fail(f"{out_dir} has reached step {first_step:,} of max_iters={max_iters:,}: raise --max_iters to go on")
+            fail(f"{out_dir} is at step {first_step} of max_iters={max_iters}: raise --max_iters to go on")
     compiled = torch.compile(model) if compile else model
     wrapped = compiled
     if run.world_size > 1:
@@ -240,7 +240,7 @@ if __name__ == '__main__':
 
     # train
     began = time.time()
-    seconds, since, eval_seconds = 0.0, 0, 0.0              # time and steps since the last line; of an evaluation
+    seconds, since, eval_seconds = 0.0, 0, 0.0          # time and steps since the last line; of an evaluation
     wrapped.train()
     for step in range(first_step, max_iters + 1):
         clock_start = time.time()
@@ -253,8 +253,9 @@ if __name__ == '__main__':
         due = step % eval_interval == 0 or step == max_iters
         if step > first_step and (due or stopping):
             save_checkpoint(run, out_dir, step=step, settings=config, tokenizer=words.fingerprint,
-                            model_type='minimind', model_config=asdict(model_config), model=model.state_dict(),
-                            optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict())
+                            model_type='minimind', model_config=asdict(model_config),
+                            model=model.state_dict(), scaler=scaler.state_dict(),
+                            optimizers=[o.state_dict() for o in optimizers])
         if stopping:
             break
         if due:

@@ -5,8 +5,8 @@ Generate text from a trained model (tutorial chapter I-6).
     python sample.py --out_dir=out/pretrain --start=FILE:prompt.txt --temperature=0
     echo "class Queue" | python sample.py --start=- --num_samples=3 --seed=7
 
-A model gives each token a number, its logit; softmax turns them into the distribution of the next token. Decoding
-picks from it: the likeliest token each time (greedy, temperature=0), or one at random, after
+A model gives each token a number, its logit; softmax turns them into the distribution of the next token.
+Decoding picks from it: the likeliest token each time (greedy, temperature=0), or one at random, after
     temperature   divides the logits: below 1 sharper, above 1 flatter
     top_k         only the k likeliest tokens remain
     top_p         only the likeliest tokens that together reach probability p remain (Holtzman et al. 2020)
@@ -62,7 +62,7 @@ def generate(model, tokens, max_new_tokens, stop=(), generator=None, **how):
     ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
     stop = torch.tensor(sorted(stop), dtype=torch.long, device=tokens.device)
     for _ in range(max_new_tokens):
-        logits, _ = model(tokens, cache=cache)                              # first the prompt, then the new token
+        logits, _ = model(tokens, cache=cache)                          # first the prompt, then the new token
         new = torch.where(ended, tokens[:, -1], choose(logits[:, -1], generator=generator, **how))
         yield new
         ended = ended | torch.isin(new, stop)
@@ -121,7 +121,8 @@ if __name__ == '__main__':
         new, shown = [], tokenizer.decode(ids[1:])
         print(shown, end='', flush=True)
         for token in generate(model, torch.tensor([ids], device=run.device), max_new_tokens,
-                              stop_ids(tokenizer), generator, temperature=temperature, top_k=top_k, top_p=top_p):
+                              stop_ids(tokenizer), generator, temperature=temperature, top_k=top_k,
+                              top_p=top_p):
             if token.item() in stop_ids(tokenizer):
                 break
             new.append(token.item())

@@ -6,8 +6,8 @@ Train a tokenizer: byte-pair encoding over bytes, as GPT-2 and MiniMind use (tut
     python train_tokenizer.py --trace=5              # watch byte-pair encoding merge, pair by pair
     python train_tokenizer.py --kind=word --input=the-verdict.txt --out_dir=out/words
 
-Byte-pair encoding (Sennrich et al. 2016) starts from single bytes and merges the most frequent neighbours into one
-new token, again and again, until the vocabulary is full. As every byte is in it, no text is ever unknown.
+Byte-pair encoding (Sennrich et al. 2016) starts from single bytes and merges the most frequent neighbours
+into one new token, again and again, until the vocabulary is full. Every byte is in it, so no text is unknown.
 """
 import os
 from collections import Counter
@@ -43,8 +43,8 @@ def train_bpe(texts, vocab_size):
 
 
 def train_lookup(texts, vocab_size, kind):
-    """A vocabulary that is a mere list of the words or characters seen, sorted, then <|endoftext|> and <|unk|>, as
-    chapter I-1 builds it by hand. Whatever is not in the list becomes <|unk|>."""
+    """A vocabulary that is a mere list of the words or characters seen, sorted, then <|endoftext|> and
+    <|unk|>, as chapter I-1 builds it by hand. Whatever is not in the list becomes <|unk|>."""
     splitter = (pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'), 'isolated') if kind == 'char' else
                 pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(r'\s+'), 'removed'),
                                          pre_tokenizers.Split(tokenizers.Regex(PUNCTUATION), 'isolated')]))
@@ -65,7 +65,7 @@ def train_lookup(texts, vocab_size, kind):
 def bpe_merges(word_counts, n):
     """The algorithm in the open: yield (pair, its count) for the first n merges over {word: how often}.
 
-    A word is its letters and a mark for its end, </w>, so that "est" inside a word and "est" at its end differ.
+    A word is its letters and a mark for its end, </w>, so that "est" inside and "est" at the end differ.
     Each turn counts all neighbouring pairs and merges the most frequent one; of equals, the first met.
     """
     words = [([*word, '</w>'], count) for word, count in word_counts.items()]
@@ -87,7 +87,7 @@ def bpe_merges(word_counts, n):
 
 
 def training_texts(source, val_fraction, max_bytes, held_out):
-    """Yield training text up to max_bytes; the first megabyte of held-out text goes into the list held_out."""
+    """Yield training text up to max_bytes; the first megabyte of held-out text goes into held_out, a list."""
     size, kept, progress = 0, 0, Progress('reading')
     for piece in read_documents(source, val_fraction):
         if piece.split == 'val':
@@ -108,9 +108,11 @@ def report(tokenizer, held_out):
     size, tokens = sum(len(t.encode()) for t in held_out), sum(map(len, tokenizer.encode_batch(held_out)))
     print(f"vocabulary    {tokenizer.vocab_size:,} tokens")
     print(f"compression   {size / max(1, tokens):.2f} bytes per token on {size:,} bytes of held-out text")
-    kinds = {'Chinese': '大模型炼丹术：从零开始，训练一个语言模型。', 'emoji': '🚀👩\u200d👩\u200d👧\u200d👦🇨🇳 👍🏽',
+    kinds = {'Chinese': '大模型炼丹术：从零开始，训练一个语言模型。',
+             'emoji': '🚀👩\u200d👩\u200d👧\u200d👦🇨🇳 👍🏽',
              'code': 'def f(x):\n\treturn  {"a": x**2}  # <|endoftext|>\r\n',
-             'control': ''.join(map(chr, range(32))) + '\x7f\x85\u200b\ufeff', 'held out': ''.join(held_out[:9])}
+             'control': ''.join(map(chr, range(32))) + '\x7f\x85\u200b\ufeff',
+             'held out': ''.join(held_out[:9])}
     for name, text in kinds.items():
         ids = tokenizer.encode(text)
         print(f"round trip    {name:9} {'exact' if tokenizer.decode(ids) == text else 'LOSSY':6} "
@@ -118,7 +120,8 @@ def report(tokenizer, held_out):
 
 
 if __name__ == '__main__':
-    configure(globals(), kind=('bpe', 'word', 'char'), vocab_size=3, max_bytes=1, val_fraction=[0, 1], trace=0)
+    configure(globals(), kind=('bpe', 'word', 'char'), vocab_size=3, max_bytes=1, val_fraction=[0, 1],
+              trace=0)
     if trace:
         words = Counter()
         for text in training_texts(input, val_fraction, 10_000_000, []) if input else ():
@@ -128,7 +131,7 @@ if __name__ == '__main__':
             print(f"{i:5}  {count:5}  {pair[0]} + {pair[1]} -> {''.join(pair)}")
         raise SystemExit
     if kind == 'bpe' and vocab_size < len(SPECIAL) + 256:
-        fail(f"--vocab_size={vocab_size}: byte-level BPE needs at least {len(SPECIAL) + 256}, 256 of them bytes")
+        fail(f"--vocab_size={vocab_size}: byte-level BPE needs {len(SPECIAL)} special tokens and 256 bytes")
     held_out = []
     texts = training_texts(input, val_fraction, max_bytes, held_out)
     backend = train_bpe(texts, vocab_size) if kind == 'bpe' else train_lookup(texts, vocab_size, kind)

@@ -1,7 +1,7 @@
 """What the tests share: a way to run a script as a user does, and small things to run it on.
 
-Nothing here needs a network or anything outside the repository. The scripts run in processes of their own, from
-an empty folder, with all they write below pytest's temporary folder.
+Nothing here needs a network or anything outside the repository. The scripts run in processes of their own,
+from an empty folder, with all they write below pytest's temporary folder.
 """
 import os
 import re
@@ -62,9 +62,9 @@ def tokenizer_folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def shared():
-    """shared('data/the-verdict.txt') is the path of a file of the tutorial; the test is skipped where it is not.
+    """shared('data/the-verdict.txt') is the path of a file of the tutorial; without it the test is skipped.
 
-    Set TUTORIAL_FILES to a folder that holds data/ and tiktoken/; by default it is shared/ beside the repository.
+    TUTORIAL_FILES names the folder that holds data/ and tiktoken/; by default shared/ beside the repository.
     """
     def find(name):
         path = Path(os.environ.get('TUTORIAL_FILES', ROOT.parent / 'shared')) / name
