@@ -6,8 +6,8 @@ I-2 to I-5; sinusoidal positions: II-3).
            -> LayerNorm -> logits
 
 Read it downwards: the formulas, attention, feed-forward, block, model, weights. Where PyTorch has a kernel,
-the model uses that; the formula is there to be read, and for the test that holds the two equal. Parameter names
-are Hugging Face's.
+the model uses that; the formula is there to be read, and for the test that holds the two equal. Parameter
+names are Hugging Face's.
 
     model = GPT2(GPT2Config())                            # GPT-2 small: 124,439,808 parameters
     logits, loss = model(tokens, targets)                 # (B, T) -> (B, T, V) and a scalar
@@ -80,8 +80,8 @@ def plain_layer_norm(x, weight, bias, eps=1e-5):
 
 
 def plain_gelu(x):
-    """x times the probability that a standard normal number is below x: a ReLU with a smooth corner (Hendrycks
-    & Gimpel 2016; chapter I-4), in the tanh approximation that OpenAI used."""
+    """x times the probability that a standard normal number is below x, a smooth ReLU (Hendrycks & Gimpel
+    2016; chapter I-4), in the tanh approximation that OpenAI used."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
 

@@ -54,6 +54,11 @@ class MiniMindConfig:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
 
+    @property
+    def context(self):
+        """The longest sequence the model can read, in tokens."""
+        return self.max_position_embeddings
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, eq. 4; chapter II-2).
