@@ -2,6 +2,7 @@
 Text <-> token arrays: load a tokenizer, tokenise documents and conversations, write and read prepared data.
 
     python prepare.py                              # pydoc, docstrings of this machine's Python -> data/pydoc
+    python prepare.py --dataset=verdict --tokenizer=gpt2        # a text of DOWNLOADS, fetched when missing
     python prepare.py --input=novel.txt            # your own text -> data/novel
     python prepare.py --input=corpus.jsonl --tokenizer=gpt2 --on_error=skip      # {"text": ...} a line
 
@@ -24,21 +25,40 @@ import shutil
 import sys
 import sysconfig
 import time
+from http.client import HTTPException
 from typing import NamedTuple
+from urllib.request import Request, urlopen
 
 import numpy as np
 import tiktoken
 import tokenizers
 
-from configurator import HERE, clock, configure, fail
+from configurator import HERE, clock, configure, fail, make_folder
 
 dataset = ''                # name of the folder in data/, or a path; '' is the input's own name, or pydoc
-input = ''                  # a .txt or .jsonl file, or a folder of them; '' is the built-in data set
+input = ''                  # a .txt or .jsonl file, or a folder of them; '' is the built-in data set's own
 tokenizer = 'out/tokenizer' # folder of a trained tokenizer, or 'gpt2'
-val_fraction = 0.05         # share of the text that is held out
+val_fraction = 0.0          # share of the text that is held out; 0 takes the data set's own, mostly 0.05
 on_error = 'stop'           # at a malformed line of .jsonl: 'stop', or 'skip' and count
 
 FORMAT = 1                  # of the prepared folder; raised when its meaning changes
+
+# Data sets that are a file on the network: its name in data/downloads/, its sha256, where to get it, in turn.
+VERDICT, SHAKESPEARE = 'ch02/01_main-chapter-code/the-verdict.txt', 'data/tinyshakespeare/input.txt'
+DOWNLOADS = {
+    # chapters I-1 and I-5: a story by Edith Wharton, 20,479 characters
+    'verdict': dict(file='the-verdict.txt',
+                    sha256='b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f',
+                    urls=[f'https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/{VERDICT}',
+                          f'https://cdn.jsdelivr.net/gh/rasbt/LLMs-from-scratch@main/{VERDICT}']),
+    # 1.1 MB of plays
+    'shakespeare': dict(file='shakespeare.txt',
+                        sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
+                        urls=[f'https://raw.githubusercontent.com/karpathy/char-rnn/master/{SHAKESPEARE}',
+                              f'https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/{SHAKESPEARE}']),
+}
+BUILT_IN = ('pydoc', *DOWNLOADS)
+DOWNLOADED = os.path.join(HERE, 'data', 'downloads')
 
 
 # ---- tokenizer ----
@@ -226,6 +246,56 @@ def read_documents(source='', val_fraction=0.05, on_error='stop'):
             read_jsonl(file, val_fraction, on_error)
         for split, text, ends_document, position in reader:
             yield Piece(split, text, ends_document, (sum(sizes[:i]) + position) / sum(sizes))
+
+
+def download(file, sha256, urls, folder=DOWNLOADED):
+    """The path of a file in a folder, fetched from the first of the urls that has it, unless it is there.
+
+    What a broken connection left is continued. A file put there by hand is as good, if its checksum is right.
+    """
+    path = os.path.join(folder, file)
+    if os.path.isfile(path):
+        if hash_of(path) != sha256:
+            fail(f"{path} is not the file it should be (its sha256 is not {sha256[:16]}...): remove it first")
+        return path
+    make_folder(folder)
+    for url in urls:
+        try:
+            fetch(url, path + '.part')
+        except (OSError, HTTPException) as e:       # no network, no such file, a connection that broke
+            reason = f"{type(e).__name__}: {e}"
+            continue
+        if hash_of(path + '.part') == sha256:
+            os.replace(path + '.part', path)
+            return path
+        os.remove(path + '.part')
+        reason = f"what {url} sends has another sha256 than {sha256[:16]}..."
+    fail(f"cannot download {file} ({reason}): get it from {urls[0]} and put it at {path}")
+
+
+def fetch(url, path):
+    """Append to a file what it lacks of a url."""
+    have = os.path.getsize(path) if os.path.exists(path) else 0
+    request = Request(url, headers={'Range': f'bytes={have}-'} if have else {})
+    with urlopen(request, timeout=30) as response, open(path, 'ab') as f:
+        if response.status != 206:                  # not the rest but the whole
+            have = f.truncate(0)
+        size = have + int(response.headers.get('Content-Length') or 0)
+        progress = Progress(f'downloading {os.path.basename(path)}')
+        while block := response.read(1 << 20):
+            f.write(block)
+            progress.show(f.tell() / max(size, f.tell()), f"{f.tell():,} bytes")
+        if f.tell() < size:
+            raise OSError(f"the connection ended after {f.tell():,} of {size:,} bytes")
+
+
+def hash_of(path):
+    """The sha256 of a file, in hex digits."""
+    sha256 = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def side(text, val_fraction):
@@ -449,8 +519,14 @@ def write_data(folder, tokenizer, pieces, source):
 if __name__ == '__main__':
     configure(globals(), val_fraction=[0, 1], on_error=('stop', 'skip'))
     folder = data_folder(dataset or os.path.splitext(os.path.basename(input.rstrip('/')))[0] or 'pydoc')
-    if os.path.basename(folder) != 'pydoc' and not input:
-        fail(f"--dataset={dataset} is not built in (pydoc is): name its text with --input=FILE")
+    name = os.path.basename(folder)
+    if name not in BUILT_IN and not input:
+        fail(f"--dataset={dataset} is not built in ({', '.join(BUILT_IN)} are): name its text with "
+             f"--input=FILE")
+    # chapter I-5 holds out a tenth of its short text, which is two rows
+    val_fraction = val_fraction or (0.1 if name == 'verdict' else 0.05)
+    if name in DOWNLOADS and not input:
+        input = download(**DOWNLOADS[name])
     words = load_tokenizer(tokenizer)
     meta = write_data(folder, words, read_documents(input, val_fraction, on_error), input or 'pydoc')
     for split in ('train', 'val'):
