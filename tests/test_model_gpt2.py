@@ -252,6 +252,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, words):
     (tmp_path / 'config.json').write_text(json.dumps({**config, **change}))
     with pytest.raises(ValueError, match=words):
         GPT2.from_pretrained(tmp_path)
+    (tmp_path / 'model.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes()[:5000])
+    with pytest.raises(ValueError, match='model.safetensors cannot be read'):
+        model_gpt2.read_weights(tmp_path)
     with pytest.raises(FileNotFoundError, match='neither model.safetensors nor pytorch_model.bin'):
         model_gpt2.read_weights(tmp_path / 'nothing')
 
@@ -259,7 +262,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, words):
 def test_offline_official_weights_say_which_files_to_put_where(script, tmp_path):
     offline = dict(HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path))
     error = script('sample.py', '--init_from=gpt2', code=2, env=offline).stderr
-    assert 'config.json, model.safetensors and tokenizer.json of' in error and 'openai-community/gpt2' in error
+    assert 'put config.json, model.safetensors and tokenizer.json of huggingface.co' in error
 
 
 # ---- training and exporting ----

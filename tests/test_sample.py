@@ -12,10 +12,9 @@ CONTEXT = 48
 
 def random_model(kind, vocab_size=211):
     if kind == 'gpt2':
-        config = GPT2Config(vocab_size=vocab_size, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4)
-        model = GPT2(config)
+        model = GPT2(GPT2Config(vocab_size, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4))
     else:
-        model = MiniMind(MiniMindConfig(vocab_size=vocab_size, max_position_embeddings=CONTEXT, hidden_size=32,
+        model = MiniMind(MiniMindConfig(vocab_size, max_position_embeddings=CONTEXT, hidden_size=32,
                                         num_hidden_layers=2, num_attention_heads=4))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
