@@ -34,7 +34,7 @@ start = 'def '              # prompt, or FILE:path, or '-' for standard input
 lines = False               # take each line of start as a prompt of its own, all in one batch
 num_samples = 1             # how many texts for each prompt
 max_new_tokens = 200        # longest continuation, in tokens
-stop = ''                   # a text at which a sample ends, or several with | between
+stop = ''                   # a text at which a sample ends, or several with | between; '"\n"' is a line end
 on_full = 'stop'            # when the context is full: 'stop', or 'slide' and forget the older half
 # the choice
 temperature = 0.7           # 0 is greedy: always the likeliest token
