@@ -37,8 +37,8 @@ from sample import generate, load_run, stop_ids
 # the run
 out_dir = 'out/pretrain'        # where checkpoint, tokenizer, metrics and picture go
 init_from = 'scratch'           # 'scratch', 'resume' (in out_dir), a run's or Hugging Face folder, 'gpt2'
-max_iters = 1000                # optimizer steps
-eval_interval = 250             # save, measure the held-out loss and print a sample every so many steps
+max_iters = 320                 # optimizer steps
+eval_interval = 80              # save, measure the held-out loss and print a sample every so many steps
 eval_iters = 200                # batches of held-out text to measure on, at most
 log_interval = 10               # print a line every so many steps
 prompt = 'def is_'              # what that sample continues
@@ -53,20 +53,21 @@ block_size = 256                # tokens in a row: the context
 stride = 0                      # tokens from row to row (chapter I-1); 0 tiles the text anew each epoch
 # the model, when from scratch: any other keeps its own shape
 model = 'minimind'              # 'minimind' or 'gpt2'
-n_layer = 6                     # blocks
+n_layer = 4                     # blocks
 n_head = 4                      # query heads
 n_kv_head = 2                   # minimind: key and value heads; n_head is multi-head, 1 is multi-query
 n_embd = 256                    # width
 qk_norm = True                  # minimind: RMSNorm on queries and keys
 qkv_bias = True                 # gpt2: biases on queries, keys and values
 positions = 'learned'           # gpt2: 'learned' or 'sinusoidal'
+init_std = 0.02                 # gpt2: standard deviation of new weights; 0 is PyTorch's own initialisation
 tie_word_embeddings = True      # the output head shares the embedding's weights
 dropout = 0.0                   # share of activations dropped while training
 # the optimizer
 optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
 learning_rate = 1e-2            # highest; with AdamW alone 2e-3 is better
-min_lr = 1e-3                   # at the end of the cosine
-warmup_iters = 50               # steps of linear warmup
+min_lr = 3e-4                   # at the end of the cosine
+warmup_iters = 20               # steps of linear warmup
 weight_decay = 0.1              # on matrices only
 grad_clip = 1.0                 # longest gradient; 0 is no limit
 # the machine
@@ -176,7 +177,7 @@ def new_model(config, vocab_size):
             return GPT2(GPT2Config(
                 vocab_size=vocab_size, n_positions=config['block_size'], n_embd=config['n_embd'],
                 n_layer=config['n_layer'], n_head=config['n_head'], dropout=config['dropout'],
-                qkv_bias=config['qkv_bias'], positions=config['positions'],
+                initializer_range=config['init_std'], qkv_bias=config['qkv_bias'], positions=config['positions'],
                 tie_word_embeddings=config['tie_word_embeddings']))
         return MiniMind(MiniMindConfig(
             vocab_size=vocab_size, max_position_embeddings=config['block_size'], hidden_size=config['n_embd'],
