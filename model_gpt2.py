@@ -43,7 +43,7 @@ class GPT2Config:
     n_layer: int = 12
     n_head: int = 12
     layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02        # standard deviation of new weights; 0: PyTorch's own, as in chapter I-4
+    initializer_range: float = 0.02        # of new weights; 0: PyTorch's initialisation, as in chapter I-4
     dropout: float = 0.0                   # on embeddings, attention weights, and what each part adds
     qkv_bias: bool = True                  # False: query, key and value are purely linear, as in the chapters
     tie_word_embeddings: bool = True       # False: the output head has its own weights, as in the chapters
@@ -204,9 +204,8 @@ class GPT2(nn.Module):
             elif p.dim() == 2:
                 # matrices that write into the residual stream start smaller, as 2 x layers of them add up
                 # there (Radford et al. 2019, section 2.3)
-                into_stream = name.endswith('c_proj.weight')
-                nn.init.normal_(p, std=config.initializer_range
-                                / math.sqrt(2 * config.n_layer if into_stream else 1))
+                shrink = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1
+                nn.init.normal_(p, std=config.initializer_range / shrink)
         if config.positions == 'sinusoidal':
             # of the size that token embeddings start with, which would drown beside much larger ones
             table = (config.initializer_range or 1.0) * sinusoidal_positions(config.n_positions, config.n_embd)

@@ -177,7 +177,8 @@ def new_model(config, vocab_size):
             return GPT2(GPT2Config(
                 vocab_size=vocab_size, n_positions=config['block_size'], n_embd=config['n_embd'],
                 n_layer=config['n_layer'], n_head=config['n_head'], dropout=config['dropout'],
-                initializer_range=config['init_std'], qkv_bias=config['qkv_bias'], positions=config['positions'],
+                initializer_range=config['init_std'], qkv_bias=config['qkv_bias'],
+                positions=config['positions'],
                 tie_word_embeddings=config['tie_word_embeddings']))
         return MiniMind(MiniMindConfig(
             vocab_size=vocab_size, max_position_embeddings=config['block_size'], hidden_size=config['n_embd'],
