@@ -208,7 +208,8 @@ class GPT2(nn.Module):
                 nn.init.normal_(p, std=config.initializer_range / shrink)
         if config.positions == 'sinusoidal':
             # of the size that token embeddings start with, which would drown beside much larger ones
-            table = (config.initializer_range or 1.0) * sinusoidal_positions(config.n_positions, config.n_embd)
+            size = config.initializer_range or 1.0
+            table = size * sinusoidal_positions(config.n_positions, config.n_embd)
             self.transformer.wpe = nn.Embedding.from_pretrained(table, freeze=True)
 
     def forward(self, tokens, targets=None, cache=None):
