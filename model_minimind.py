@@ -82,7 +82,7 @@ class MiniMindConfig:
                                  f"num_experts {self.num_experts}")
             if self.hidden_size % 8 or self.moe_intermediate_size % 8:
                 raise ValueError(f"hidden_size {self.hidden_size} and moe_intermediate_size "
-                                 f"{self.moe_intermediate_size} must be multiples of 8: grouped products ask it")
+                                 f"{self.moe_intermediate_size} must be multiples of 8, for its kernel")
 
     @property
     def context(self):
@@ -255,7 +255,7 @@ def sort_by_expert(chosen, num_experts):
 
 class Dispatch(torch.autograd.Function):
     """x (N, C) -> (N k, C): the token of each visit, in the order of the experts. Its gradient is Collect, so
-    that both ways are plain gathers; autograd's own would add rows one by one, slowly and in no fixed order."""
+    both ways are plain gathers; autograd's own would add rows one by one, slowly and in no fixed order."""
 
     @staticmethod
     def forward(ctx, x, order, back, k):
@@ -338,7 +338,7 @@ class MoEFeedForward(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             p = F.linear(x.float(), self.gate.weight.float()).softmax(dim=-1)          # (B, T, E)
         weights, chosen = p.topk(self.config.num_experts_per_tok, dim=-1)              # (B, T, k)
-        if self.config.norm_topk_prob:      # with k = 1 it is always 1: the auxiliary loss alone moves the router
+        if self.config.norm_topk_prob:      # with k = 1 always 1: the auxiliary loss alone moves the router
             weights = weights / weights.sum(dim=-1, keepdim=True)
         y = self.experts(x.reshape(B * T, C), chosen.flatten(0, 1), weights.flatten(0, 1)).view(B, T, C)
         for expert in self.shared_experts:
@@ -402,8 +402,8 @@ class MiniMind(nn.Module):
         tokens    (B, T) int64
         targets   (B, T) int64, the token that follows each; -100 is ignored. With none at all the loss is 0.
         cache     a KVCache: `tokens` continue what it holds, and are added to it
-        segments  (B, T) int64, the document each token of a packed row belongs to, ascending: attention stays inside
-                  a document and positions start anew in each, as if every one had a row of its own
+        segments  (B, T) int64, the document each token of a packed row belongs to, ascending: attention stays
+                  inside it and positions start anew in each, as if every document had a row of its own
         returns   logits (B, T, V); loss, the mean negative log-likelihood in nats over targets, or None. In
                   training a mixture of experts adds its auxiliary loss to it, and leaves that in `aux_loss`.
         """
@@ -479,8 +479,8 @@ class MiniMind(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source):
-        """The model of a Hugging Face folder (config.json of Llama, Qwen3, Qwen3-MoE or MiniMind, and weights in
-        .safetensors or .bin), or of a .pth of MiniMind's. On the CPU, float32, in evaluation mode.
+        """The model of a Hugging Face folder (config.json of Llama, Qwen3, Qwen3-MoE or MiniMind, and weights
+        in .safetensors or .bin), or of a .pth of MiniMind's. On the CPU, float32, in evaluation mode.
 
         Raises OSError, ImportError or ValueError with one line if it cannot be had or is no such model.
         """
@@ -494,7 +494,7 @@ class MiniMind(nn.Module):
         embedding = state.get('model.embed_tokens.weight')
         if model.config.tie_word_embeddings and embedding is not None:
             if not torch.equal(state.setdefault('lm_head.weight', embedding), embedding):
-                raise ValueError(f"{source}: head and embedding should be one matrix, but their weights differ")
+                raise ValueError(f"{source}: head and embedding should be one matrix, but differ")
         for name, p in model.state_dict().items():
             if name not in state or state[name].shape != p.shape:
                 found = tuple(state[name].shape) if name in state else 'missing'
@@ -505,10 +505,10 @@ class MiniMind(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder, **extra):
-        """Write a folder that transformers loads: as Llama without qk_norm, Qwen3 with it, Qwen3-MoE if there are
-        experts too; ValueError where none of the three computes the same. config.json and generation_config.json
-        take `extra`, the ids of special tokens; the weights are model.safetensors where that package is
-        installed, else pytorch_model.bin."""
+        """Write a folder that transformers loads: as Llama without qk_norm, Qwen3 with it, Qwen3-MoE if there
+        are experts too; ValueError where none of the three computes the same. config.json and
+        generation_config.json take `extra`, the ids of special tokens; the weights go to model.safetensors,
+        or to pytorch_model.bin where that package is not installed."""
         config = dict(config_to_hf(self.config), **extra)
         os.makedirs(folder, exist_ok=True)
         for name, content in (('config.json', config), ('generation_config.json', extra)):
@@ -619,8 +619,8 @@ def config_from_hf(hf, state, source):
 
 
 def config_of_official(state, source):
-    """The MiniMindConfig behind a .pth of MiniMind's, which holds weights alone: sizes from their shapes, the rest
-    from the generation, MiniMind-3 if there are q_norm and k_norm, else MiniMind2."""
+    """The MiniMindConfig behind a .pth of MiniMind's, which holds weights alone: sizes from their shapes, the
+    rest from the generation, MiniMind-3 if there are q_norm and k_norm, else MiniMind2."""
     shape = {name: tuple(value.shape) for name, value in state.items()}
     first = 'model.layers.0.'
     try:
@@ -646,7 +646,7 @@ def config_to_hf(config):
     """The config.json of the transformers model that computes the same; ValueError if there is none."""
     if config.use_moe and (config.n_shared_experts or not config.qk_norm):
         what = 'with shared experts' if config.n_shared_experts else 'without qk_norm'
-        raise ValueError(f"transformers has no model of experts {what}; Qwen3-MoE, the nearest, computes otherwise")
+        raise ValueError(f"transformers has no model of experts {what}: Qwen3-MoE computes otherwise")
     kind, name = (('qwen3_moe', 'Qwen3MoeForCausalLM') if config.use_moe else
                   ('qwen3', 'Qwen3ForCausalLM') if config.qk_norm else ('llama', 'LlamaForCausalLM'))
     hf = {key: value for key, value in asdict(config).items()
