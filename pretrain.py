@@ -54,6 +54,7 @@ n_layer = 6                     # blocks
 n_head = 4                      # query heads
 n_kv_head = 2                   # key and value heads; n_head is multi-head, 1 is multi-query
 n_embd = 256                    # width
+intermediate_size = 0           # width inside the feed-forward; 0 is 8/3 n_embd, up to a multiple of 64
 qk_norm = True                  # RMSNorm on queries and keys
 dropout = 0.0                   # share of activations dropped while training
 use_moe = False                 # feed-forwards become mixtures of experts (chapter II-6)
@@ -249,7 +250,8 @@ if __name__ == '__main__':
     # model
     try:
         model_config = MiniMindConfig(
-            vocab_size=words.vocab_size, hidden_size=n_embd, num_hidden_layers=n_layer,
+            vocab_size=words.vocab_size, hidden_size=n_embd, intermediate_size=intermediate_size,
+            num_hidden_layers=n_layer,
             num_attention_heads=n_head, num_key_value_heads=n_kv_head, qk_norm=qk_norm,
             max_position_embeddings=block_size, dropout=dropout, use_moe=use_moe, num_experts=num_experts,
             num_experts_per_tok=num_experts_per_tok, n_shared_experts=n_shared_experts,
@@ -387,5 +389,6 @@ if __name__ == '__main__':
         else:
             print(f"done in {clock(time.time() - began)}; the model is in {out_dir}: python sample.py")
     if run.world_size > 1:
+        run.barrier()               # a rank that leaves while rank 0 still draws is aborted by gloo
         dist.destroy_process_group()
     sys.exit(128 + stop.signal if stopping else 0)
