@@ -3,10 +3,9 @@
 #     python prepare.py --input=pretrain_t2t_mini.jsonl --dataset=minimind --tokenizer=FOLDER
 #     python pretrain.py config/minimind3.py --dataset=minimind
 #
-# Data: MiniMind's own pretrain_t2t_mini.jsonl, or any text; FOLDER holds its tokenizer of 6,400 tokens, or one of yours from
-# train_tokenizer.py. A step is 256 rows x 768 tokens, 4,000 steps read 0.8 billion tokens. Meant for one GPU of
-# 24 GB; not timed here.
-# Where memory is short, take a smaller batch_size and more gradient_accumulation_steps.
+# Data: MiniMind's own pretrain_t2t_mini.jsonl, or any text; FOLDER holds its tokenizer (its model/ folder),
+# or yours. A step is 256 rows x 768 tokens, 4,000 steps read 0.8 billion tokens. Meant for one GPU of 24
+# GB; not timed here. Where memory is short, take a smaller batch_size and more gradient_accumulation_steps.
 out_dir = 'out/minimind3'
 
 n_layer = 8
