@@ -227,8 +227,8 @@ def draw_experts(log, out_dir):
 
 
 if __name__ == '__main__':
-    config = configure(globals(), optimizer=('muon', 'adamw'), intermediate_size=0, num_experts=1,
-                       num_experts_per_tok=1, n_shared_experts=0, moe_intermediate_size=0, router_aux_loss_coef=0)
+    config = configure(globals(), optimizer=('muon', 'adamw'), intermediate_size=0, moe_intermediate_size=0,
+                       num_experts=1, num_experts_per_tok=1, n_shared_experts=0, router_aux_loss_coef=0)
     stop = StopSignal()
     run = start_run(device, dtype, seed)
     master = run.rank == 0
@@ -254,9 +254,9 @@ if __name__ == '__main__':
             vocab_size=words.vocab_size, hidden_size=n_embd, intermediate_size=intermediate_size,
             num_hidden_layers=n_layer, num_attention_heads=n_head, num_key_value_heads=n_kv_head,
             qk_norm=qk_norm, max_position_embeddings=block_size, dropout=dropout, use_moe=use_moe,
-            num_experts=num_experts, num_experts_per_tok=num_experts_per_tok, n_shared_experts=n_shared_experts,
-            moe_intermediate_size=moe_intermediate_size, norm_topk_prob=norm_topk_prob,
-            router_aux_loss_coef=router_aux_loss_coef, seq_aux=seq_aux)
+            num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
+            n_shared_experts=n_shared_experts, moe_intermediate_size=moe_intermediate_size,
+            norm_topk_prob=norm_topk_prob, router_aux_loss_coef=router_aux_loss_coef, seq_aux=seq_aux)
         if use_moe and not moe_intermediate_size:           # the dense width, over the experts a token visits
             visits = num_experts_per_tok + n_shared_experts
             model_config.moe_intermediate_size = 8 * math.ceil(model_config.intermediate_size / visits / 8)
