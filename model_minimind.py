@@ -31,8 +31,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# rows of each group times the matrix of that group, in one kernel; torch 2.9 has it under its older name
-grouped_mm = getattr(F, 'grouped_mm', None) or torch._grouped_mm
+# rows of each group times the matrix of that group, in one kernel; torch 2.9 has it under its older name.
+# It is kept out of torch.compile, which traces it in bfloat16 alone
+grouped_mm = torch.compiler.disable(getattr(F, 'grouped_mm', None) or torch._grouped_mm)
 
 
 @dataclass

@@ -99,6 +99,17 @@ def test_half_precision_routes_alike():
     torch.testing.assert_close(half.float(), full, atol=0.1, rtol=0.1)
 
 
+def test_compiled_is_eager():
+    model, x = MiniMind(config(num_hidden_layers=1)), torch.randint(64, (2, 16))
+    gate = model.model.layers[0].mlp.gate.weight
+    losses, grads = [], []
+    for forward in (model, torch.compile(model, backend='aot_eager')):
+        losses.append(forward(x, x)[1])
+        grads.append(torch.autograd.grad(losses[-1], gate)[0])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*grads)
+
+
 # ---- the auxiliary loss ----
 
 def test_the_auxiliary_loss_is_its_formula():
