@@ -17,7 +17,6 @@ training loss falls is overfitting, for which more text helps, a smaller model, 
 import functools
 import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -30,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import (HERE, MetricsLog, StopSignal, clock, configure, fail, learning_rate_at, make_folder,
                           restore_rng, save_checkpoint, start_run)
 from model_minimind import MiniMind, MiniMindConfig
-from prepare import data_folder, load_tokenizer, read_meta, read_split
+from prepare import data_folder, load_tokenizer, prepare_missing, read_meta, read_split
 from sample import generate, load_run, stop_ids
 
 # the run
@@ -141,20 +140,6 @@ def sample_text(model, tokenizer, start, device, max_new_tokens=60):
 
 # ---- the parts of a run ----
 
-def prepare_missing(dataset, tokenizer):
-    """Do for pydoc what a newcomer would type: train a tokenizer, then tokenise the text."""
-    words = tokenizer or os.path.join(HERE, 'out', 'tokenizer')
-    commands = [['prepare.py', f'--dataset={dataset}', f'--tokenizer={words}']]
-    if words != 'gpt2' and not os.path.isfile(os.path.join(words, 'tokenizer.json')):
-        commands.insert(0, ['train_tokenizer.py', f'--out_dir={words}'])
-    env = {k: v for k, v in os.environ.items() if k != 'RANK'}
-    for script, *options in commands:
-        print('$ python', script, *options, flush=True)
-        code = subprocess.run([sys.executable, os.path.join(HERE, script), *options], env=env).returncode
-        if code:
-            sys.exit(code)
-
-
 def make_optimizers(model, optimizer, learning_rate, weight_decay):
     """Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal matrix, so that
     no direction dominates the step. It is made for the matrices inside the blocks; embedding, head and norms
@@ -178,10 +163,7 @@ if __name__ == '__main__':
     master = run.rank == 0
 
     # data
-    if os.path.basename(data_folder(dataset)) == 'pydoc' and not os.path.exists(data_folder(dataset)):
-        if master:
-            prepare_missing(dataset, tokenizer)
-        run.barrier()
+    prepare_missing(run, dataset, tokenizer or os.path.join(HERE, 'out', 'tokenizer'))
     meta = read_meta(dataset)
     words = load_tokenizer(data_folder(dataset))
     if tokenizer and load_tokenizer(tokenizer).fingerprint != words.fingerprint:
