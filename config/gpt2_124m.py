@@ -20,7 +20,7 @@ batch_size = 12
 gradient_accumulation_steps = 40
 max_iters = 20_000
 eval_interval = 1000
-start = 'The'
+prompt = 'The'
 
 optimizer = 'adamw'
 learning_rate = 6e-4

@@ -23,7 +23,7 @@ stride = 256                    # rows side by side, as in the chapter: 18 of th
 max_iters = 90
 eval_interval = 9               # once an epoch
 log_interval = 1
-start = 'Every effort moves you'
+prompt = 'Every effort moves you'
 
 optimizer = 'adamw'
 learning_rate = 4e-4
