@@ -35,7 +35,7 @@ from sample import generate, load_run, stop_ids
 
 # the run
 out_dir = 'out/pretrain'        # where checkpoint, tokenizer, metrics and picture go
-init_from = 'scratch'           # 'scratch', 'resume' (go on in out_dir), a run's or Hugging Face folder, 'gpt2'
+init_from = 'scratch'           # 'scratch', 'resume' (in out_dir), a run's or Hugging Face folder, 'gpt2'
 max_iters = 1000                # optimizer steps
 eval_interval = 250             # save, measure the held-out loss and print a sample every so many steps
 eval_iters = 200                # batches of held-out text to measure on, at most
@@ -49,7 +49,7 @@ tokenizer = ''                  # what the data must be tokenised with: a folder
 batch_size = 16                 # rows in a micro-batch
 gradient_accumulation_steps = 1 # micro-batches in a step, over all ranks together
 block_size = 256                # tokens in a row: the context
-stride = 0                      # tokens from one row to the next (chapter I-1); 0 tiles the text anew each epoch
+stride = 0                      # tokens from row to row (chapter I-1); 0 tiles the text anew each epoch
 # the model, when from scratch: any other keeps its own shape
 model = 'minimind'              # 'minimind' or 'gpt2'
 n_layer = 6                     # blocks
