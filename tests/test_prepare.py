@@ -169,7 +169,8 @@ def labelled(folder, name, text, **options):
 def test_tables_in_all_their_forms(tmp_path):
     texts = [f'text {i}, "quoted"' for i in range(3)] + ['tab\there', 'line\nbreak', 'plain']
     expected = {('a' if i < 3 else 'b', text) for i, text in enumerate(texts)}
-    for columns, header in [((0, 1), None), ((1, 0), ['Text', 'LABEL']), ((0, 2, 1), ['label', 'id', 'text'])]:
+    for columns, header in [((0, 1), None), ((1, 0), ['Text', 'LABEL']),
+                            ((0, 2, 1), ['label', 'id', 'text'])]:
         file = io.StringIO(newline='')
         rows = csv.writer(file)
         rows.writerows([header] if header else [])
