@@ -212,14 +212,17 @@ class GPT2(nn.Module):
             table = size * sinusoidal_positions(config.n_positions, config.n_embd)
             self.transformer.wpe = nn.Embedding.from_pretrained(table, freeze=True)
 
-    def forward(self, tokens, targets=None, cache=None):
+    def forward(self, tokens, targets=None, cache=None, segments=None):
         """Logits for the token after each token, and their mean loss.
 
-        tokens   (B, T) int64
-        targets  (B, T) int64, the token that follows each; -100 is ignored. With none at all the loss is 0.
-        cache    a KVCache: `tokens` continue what it holds, and are added to it
-        returns  logits (B, T, V); loss, the mean negative log-likelihood in nats over targets, or None
+        tokens    (B, T) int64
+        targets   (B, T) int64, the token that follows each; -100 is ignored. With none at all the loss is 0.
+        cache     a KVCache: `tokens` continue what it holds, and are added to it
+        segments  (B, T) int64, the document each token of a packed row belongs to, ascending: attention stays
+                  inside it and positions start anew in each, as if every document had a row of its own
+        returns   logits (B, T, V); loss, the mean negative log-likelihood in nats over targets, or None
         """
+        assert cache is None or segments is None, "a cache holds one document a row"
         B, T = tokens.shape
         past = cache.length if cache else 0
         limit = cache.max_tokens if cache else self.config.context
@@ -228,7 +231,12 @@ class GPT2(nn.Module):
 
         positions = torch.arange(past, past + T, device=tokens.device)                 # (T,)
         allowed = None
-        if cache is not None:
+        if segments is not None:
+            starts = torch.cat([torch.ones_like(segments[:, :1]), segments.diff(dim=1)], dim=1) != 0
+            same = segments[:, :, None] == segments[:, None, :]                        # (B, T, T)
+            allowed = (same & (positions <= positions[:, None]))[:, None]              # (B, 1, T, T)
+            positions = positions - torch.where(starts, positions, 0).cummax(dim=1).values     # (B, T)
+        elif cache is not None:
             keys = torch.arange(past + T, device=tokens.device)
             own = keys == positions[:, None]                                           # (T, S)
             real = keys >= cache.padding[:, None]                                      # (B, S)

@@ -91,7 +91,6 @@ class MiniMindConfig:
         return self.max_position_embeddings
 
 
-
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, eq. 4; chapter II-2).
 

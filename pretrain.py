@@ -17,7 +17,6 @@ training loss falls is overfitting, for which more text helps, a smaller model, 
 import functools
 import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -31,7 +30,7 @@ from configurator import (HERE, MetricsLog, StopSignal, clock, configure, fail, 
                           restore_rng, save_checkpoint, start_run)
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
-from prepare import BUILT_IN, data_folder, load_tokenizer, read_meta, read_split
+from prepare import data_folder, load_tokenizer, prepare_missing, read_meta, read_split
 from sample import generate, load_run, stop_ids
 
 # the run
@@ -166,43 +165,6 @@ def sample_text(model, tokenizer, prompt, device, max_new_tokens=60):
 
 # ---- the parts of a run ----
 
-def prepare_missing(dataset, tokenizer):
-    """Do for a built-in data set what a newcomer would type: train a tokenizer, then tokenise the text."""
-    words = tokenizer or os.path.join(HERE, 'out', 'tokenizer')
-    commands = [['prepare.py', f'--dataset={dataset}', f'--tokenizer={words}']]
-    if words != 'gpt2' and not os.path.isfile(os.path.join(words, 'tokenizer.json')):
-        commands.insert(0, ['train_tokenizer.py', f'--out_dir={words}'])
-    env = {k: v for k, v in os.environ.items() if k != 'RANK'}
-    for script, *options in commands:
-        print('$ python', script, *options, flush=True)
-        code = subprocess.run([sys.executable, os.path.join(HERE, script), *options], env=env).returncode
-        if code:
-            sys.exit(code)
-
-
-def new_model(config, vocab_size):
-    """The model of the settings, with random weights."""
-    if config['model'] == 'gpt2' and config['use_moe']:
-        fail("use_moe is for --model=minimind; GPT-2 has no experts")
-    try:
-        if config['model'] == 'gpt2':
-            return GPT2(GPT2Config(
-                vocab_size=vocab_size, n_positions=config['block_size'], n_embd=config['n_embd'],
-                n_layer=config['n_layer'], n_head=config['n_head'], dropout=config['dropout'],
-                initializer_range=config['init_std'], qkv_bias=config['qkv_bias'],
-                positions=config['positions'], tie_word_embeddings=config['tie_word_embeddings']))
-        own = {key: config[key] for key in MiniMindConfig.__dataclass_fields__ if key in config}
-        sizes = MiniMindConfig(**own, vocab_size=vocab_size, max_position_embeddings=config['block_size'],
-                               hidden_size=config['n_embd'], num_hidden_layers=config['n_layer'],
-                               num_attention_heads=config['n_head'], num_key_value_heads=config['n_kv_head'])
-        if sizes.use_moe and not config['moe_intermediate_size']:
-            visits = sizes.num_experts_per_tok + sizes.n_shared_experts     # together as wide as one dense
-            sizes.moe_intermediate_size = 8 * math.ceil(sizes.intermediate_size / visits / 8)
-        return MiniMind(sizes)
-    except ValueError as e:
-        fail(f"{e}; see --n_embd, --n_head, --n_kv_head and, of experts, --num_experts_per_tok")
-
-
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal matrix, so that
     no direction dominates the step. It is torch.optim.Muon, for stacks of matrices too, as experts are.
@@ -233,6 +195,29 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 size = 0.2 * math.sqrt(max(p.shape[-2:]))
                 p.add_(x.mT if tall else x, alpha=-group['lr'] * size)
+
+
+def new_model(config, vocab_size):
+    """The model of the settings, with random weights."""
+    if config['model'] == 'gpt2' and config['use_moe']:
+        fail("use_moe is for --model=minimind; GPT-2 has no experts")
+    try:
+        if config['model'] == 'gpt2':
+            return GPT2(GPT2Config(
+                vocab_size=vocab_size, n_positions=config['block_size'], n_embd=config['n_embd'],
+                n_layer=config['n_layer'], n_head=config['n_head'], dropout=config['dropout'],
+                initializer_range=config['init_std'], qkv_bias=config['qkv_bias'],
+                positions=config['positions'], tie_word_embeddings=config['tie_word_embeddings']))
+        own = {key: config[key] for key in MiniMindConfig.__dataclass_fields__ if key in config}
+        sizes = MiniMindConfig(**own, vocab_size=vocab_size, max_position_embeddings=config['block_size'],
+                               hidden_size=config['n_embd'], num_hidden_layers=config['n_layer'],
+                               num_attention_heads=config['n_head'], num_key_value_heads=config['n_kv_head'])
+        if sizes.use_moe and not config['moe_intermediate_size']:
+            visits = sizes.num_experts_per_tok + sizes.n_shared_experts     # together as wide as one dense
+            sizes.moe_intermediate_size = 8 * math.ceil(sizes.intermediate_size / visits / 8)
+        return MiniMind(sizes)
+    except ValueError as e:
+        fail(f"{e}; see --n_embd, --n_head, --n_kv_head and, of experts, --num_experts_per_tok")
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay):
@@ -276,10 +261,7 @@ if __name__ == '__main__':
     master = run.rank == 0
 
     # data
-    if os.path.basename(data_folder(dataset)) in BUILT_IN and not os.path.exists(data_folder(dataset)):
-        if master:
-            prepare_missing(dataset, tokenizer)
-        run.barrier()
+    prepare_missing(run, dataset, tokenizer or os.path.join(HERE, 'out', 'tokenizer'))
     meta = read_meta(dataset)
     words = load_tokenizer(data_folder(dataset))
     if tokenizer and load_tokenizer(tokenizer).fingerprint != words.fingerprint:
