@@ -1,0 +1,121 @@
+"""distill.py: the loss is its formula whatever the chunks, and a tag weighs what it should."""
+import pytest
+import torch
+from distill import TAGS, chunked_loss, distillation_loss, parse_answer, tag_weights
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+N, V = 500, 300
+
+
+@pytest.fixture
+def batch():
+    """hidden states and heads of student and teacher, targets, weights"""
+    return dict(head=torch.nn.Linear(16, V), hidden=torch.randn(N, 16, requires_grad=True),
+                teacher_head=torch.nn.Linear(24, V).requires_grad_(False), teacher_hidden=torch.randn(N, 24),
+                targets=torch.randint(V, (N,)), weights=torch.rand(N))
+
+
+def test_loss_is_the_formula():
+    """Every sum written out: KL(p || q) = sum p (log p - log q), both at temperature 2."""
+    student, teacher = torch.randn(2, 6, 5) * 2
+    targets, weights = torch.tensor([0, 4, 2, 2, 1, 3]), torch.tensor([1., 1, 10, 1, 1, 10])
+    loss, ce, kl = distillation_loss(student, teacher, targets, weights, alpha=0.3, temperature=2.0)
+    wanted_ce = [-torch.log(row.exp()[y] / row.exp().sum()) for row, y in zip(student, targets)]
+    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
+    wanted_kl = sum(p[i, v] * (p[i, v] / q[i, v]).log() for i in range(6) for v in range(5))
+    torch.testing.assert_close(ce, sum(wanted_ce))
+    torch.testing.assert_close(kl, wanted_kl)
+    weighted = sum(w * c for w, c in zip(weights, wanted_ce))
+    torch.testing.assert_close(loss, 0.3 * weighted + 0.7 * 4 * wanted_kl)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
+    logits = torch.randn(6, 5, requires_grad=True)
+    ones = torch.ones(6)
+    loss = distillation_loss(logits, logits.detach(), torch.zeros(6, dtype=torch.long), ones, 0.0, 2.0)[0]
+    loss.backward()
+    assert loss.abs() < 1e-6 and logits.grad.abs().max() < 1e-6
+
+
+def test_temperature_squared_keeps_the_gradients_size():
+    """d KL / d logits is (q - p) / T, and p and q differ 1/T as much: without T^2 it would vanish."""
+    student, teacher = torch.randn(2, 200, 50) * 0.1
+    sizes = []
+    for temperature in (1.0, 4.0):
+        x = student.clone().requires_grad_()
+        distillation_loss(x, teacher, torch.zeros(200, dtype=torch.long), torch.ones(200), 0.0,
+                          temperature)[0].backward()
+        sizes.append(x.grad.norm())
+    assert 0.9 < sizes[1] / sizes[0] < 1.1
+
+
+@pytest.mark.parametrize('with_teacher', [True, False])
+def test_chunks_change_nothing(batch, with_teacher):
+    if not with_teacher:
+        batch.update(teacher_head=None, teacher_hidden=None)
+    results = []
+    for size in (N, 70):
+        batch['hidden'].grad = batch['head'].weight.grad = None
+        sums = chunked_loss(**batch, alpha=0.5, temperature=1.5, chunk_size=size)
+        sums[0].backward()
+        results.append([sums.detach(), batch['hidden'].grad, batch['head'].weight.grad])
+    for whole, pieces in zip(*results):
+        torch.testing.assert_close(whole, pieces)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor any operation returns."""
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary(batch):
+    """Neither is any tensor larger than a chunk's logits, nor are logits kept for the way back."""
+    kept = []
+    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.shape) or t, lambda t: t):
+        loss = chunked_loss(**batch, alpha=0.5, temperature=1.5, chunk_size=20)[0]
+        assert kept and (20, V) not in kept
+        loss.backward()
+    assert largest.size <= max(N * 24, 24 * V)          # hidden states, the teacher's weights
+
+    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.shape) or t, lambda t: t):
+        distillation_loss(batch['head'](batch['hidden']), batch['teacher_head'](batch['teacher_hidden']),
+                          batch['targets'], batch['weights'], 0.5, 1.5)
+    assert largest.size == N * V and (N, V) in kept         # what the chunks avoid
+
+
+def test_tags_weigh_ten_and_nothing_else_does(tokenizer):
+    text = 'a < b and c > d\n<think>\nthink < 3\n</think>\n<answer>\n12\n</answer>'
+    ids = tokenizer.encode(text)
+    weights = tag_weights(torch.tensor([ids]), [tokenizer.encode(tag) for tag in TAGS], 10.0)[0]
+    heavy = [token for token, weight in zip(ids, weights) if weight == 10]
+    assert tokenizer.decode(heavy) == ''.join(TAGS)
+    assert weights.sum() == 10 * len(heavy) + len(ids) - len(heavy)
+
+
+def test_a_tag_that_is_cut_by_a_prompt_is_none():
+    targets = torch.tensor([[5, 6, -100, 5, 6, 7]])
+    assert tag_weights(targets, [[5, 6]], 10.0).tolist() == [[10, 10, 1, 10, 10, 1]]
+
+
+def test_parse_answer():
+    good = '<think>\n2 + 3 = 5\n</think>\n<answer>\n5\n</answer>'
+    assert parse_answer(good) == '5'
+    for bad in ('', '5', good + ' so', good.replace('</think>', ''), good + good,
+                '<think></think><answer>5</answer>', good.replace('<answer>', '<answer><answer>')):
+        assert parse_answer(bad) is None, bad
+
+
+def test_cross_entropy_part_is_unweighted(batch):
+    sums = chunked_loss(**batch, alpha=0.5, temperature=1.0)
+    wanted = F.cross_entropy(batch['head'](batch['hidden']), batch['targets'], reduction='sum')
+    torch.testing.assert_close(sums[1], wanted)

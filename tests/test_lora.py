@@ -1,0 +1,126 @@
+"""lora.py: adapters are nothing at the start, small, alone on disk, and the same model merged or not."""
+import pytest
+import torch
+from lora import adapter_state, adapters, inject, load_adapter_state, merge, read_peft, write_peft
+from model_minimind import MiniMind, MiniMindConfig
+
+SMALL = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64)
+
+
+def small_model():
+    torch.manual_seed(1)
+    return MiniMind(MiniMindConfig(**SMALL)).eval()
+
+
+def trained(model):
+    """Adapters as after training: B is no longer zero."""
+    for layer in adapters(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return model
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(300, (3, 20))
+
+
+def test_adapters_are_the_identity_at_the_start(tokens):
+    model = small_model()
+    before = model(tokens)[0]
+    assert torch.equal(inject(model, rank=4, alpha=8)(tokens)[0], before)
+
+
+def test_the_layer_is_the_formula():
+    layer = inject(small_model(), rank=4, alpha=8).model.layers[0].mlp.up_proj
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 32)
+    wanted = x @ layer.base.weight.T + 8 / 4 * (layer.lora_B @ layer.lora_A @ x.T).T
+    torch.testing.assert_close(layer(x), wanted)
+
+
+def test_only_adapters_train(tokens):
+    model = inject(small_model(), rank=4, alpha=8)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if '.lora_' not in name}
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    for _ in range(2):          # A has no gradient while B is zero
+        model(tokens, tokens)[1].backward()
+        optimizer.step()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(p, after[name]) for name, p in frozen.items())
+    assert all(p.abs().sum() > 0 and p.grad.abs().sum() > 0 for name, p in after.items() if '.lora_' in name)
+
+
+def test_the_chapters_numbers():
+    """Chapter II-11 adapts MiniMind's square layers, q and o, at rank 16: of 26,092,032 it trains 262,144."""
+    model = inject(MiniMind(MiniMindConfig()), rank=16, alpha=16, targets='q_proj,o_proj')
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (total, trainable, f'{trainable / total:.2%}') == (26_092_032, 262_144, '1.00%')
+
+
+def test_targets_are_named_not_guessed():
+    names = {name.split('.')[-1] for name in adapters(inject(small_model(), 2, 2))}
+    assert names == {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'}
+    model = MiniMind(MiniMindConfig(**{**SMALL, 'num_key_value_heads': 4}))         # k and v are square now
+    assert {n.split('.')[-1] for n in adapters(inject(model, 2, 2, targets='q_proj'))} == {'q_proj'}
+    with pytest.raises(ValueError, match="no linear layer is called 'query'; there are down_proj, "):
+        inject(small_model(), 2, 2, targets='q_proj,query')
+
+
+def test_merged_equals_unmerged_and_merging_twice_is_refused(tokens):
+    model = trained(inject(small_model(), rank=4, alpha=8))
+    unmerged = model(tokens)[0]
+    plain = merge(model)
+    assert (plain(tokens)[0] - unmerged).abs().max() < 1e-5
+    assert plain.state_dict().keys() == small_model().state_dict().keys()
+    with pytest.raises(ValueError, match='no adapters'):
+        merge(plain)
+    with pytest.raises(ValueError, match='adapters already'):
+        inject(inject(plain, 2, 2), 2, 2)
+
+
+def test_adapters_travel_alone(tokens):
+    model = trained(inject(small_model(), rank=4, alpha=8))
+    state = adapter_state(model)
+    assert sum(t.numel() for t in state.values()) == sum(p.numel() for p in model.parameters()
+                                                         if p.requires_grad)
+    other = inject(small_model(), rank=4, alpha=8)
+    load_adapter_state(other, state)
+    assert torch.equal(other(tokens)[0], model(tokens)[0])
+    with pytest.raises(ValueError, match='in the file alone'):
+        load_adapter_state(inject(small_model(), 4, 8, targets='q_proj'), state)
+    with pytest.raises(ValueError, match=r'is \(4, 32\), not \(2, 32\)'):
+        load_adapter_state(inject(small_model(), rank=2, alpha=8), state)
+
+
+def hugging_face_twin(model):
+    """The same weights in transformers' Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    names = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
+             'num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta',
+             'tie_word_embeddings')
+    twin = LlamaForCausalLM(LlamaConfig(**{name: getattr(model.config, name) for name in names}))
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
+
+
+def test_peft_loads_what_is_exported(tokens, tmp_path):
+    peft = pytest.importorskip('peft')
+    twin = hugging_face_twin(small_model())
+    model = trained(inject(small_model(), rank=4, alpha=8, dropout=0.1))
+    write_peft(model, tmp_path, base='somewhere', model_type='minimind')
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path).eval()
+    torch.testing.assert_close(theirs(tokens).logits, model(tokens)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_what_peft_saved_is_imported(tokens, tmp_path):
+    peft = pytest.importorskip('peft')
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=['q_proj', 'down_proj'],
+                             init_lora_weights=False, task_type='CAUSAL_LM')
+    theirs = peft.get_peft_model(hugging_face_twin(small_model()), config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = small_model()
+    how = read_peft(model, tmp_path)
+    assert how == dict(rank=4, alpha=16.0, dropout=0.0, targets='down_proj,q_proj')
+    torch.testing.assert_close(model(tokens)[0], theirs(tokens).logits, atol=1e-5, rtol=1e-4)
