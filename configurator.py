@@ -64,7 +64,8 @@ def configure(settings, **legal):
     for arg in sys.argv[1:]:
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
-            given[key] = check(settings, keys, legal, key, text if equals else True, arg)
+            given[key] = check(settings, keys, legal, key, parse(text, settings.get(key)) if equals else True,
+                               arg)
         else:
             for key, (value, where) in read_config_file(arg).items():
                 given[key] = anchored(check(settings, keys, legal, key, value, where))
@@ -77,20 +78,25 @@ def configure(settings, **legal):
     return {key: settings[key] for key in keys}
 
 
+def parse(text, default):
+    """The Python literal that text from the command line holds. A str takes it as it is, or quoted."""
+    if isinstance(default, str) and text[:1] not in ('"', "'"):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def check(settings, keys, legal, key, value, where):
-    """The value for a setting, text turned into a Python literal of its type; `where` is named in errors."""
+    """The value of a setting in its own type, or one line that names `where` and what is allowed."""
     if key not in keys:
         near = difflib.get_close_matches(key, keys, n=1)
         hint = f"did you mean {near[0]!r}? (--help lists all)" if near else f"there are {', '.join(keys)}"
         fail(f"{where}: unknown setting {key!r}; {hint}")
     kind = type(settings[key])
-    if value is True and kind is not bool:
+    if value is True and kind is not bool and where == f'--{key}':
         fail(f"{where}: {key} needs a value, as in --{key}={settings[key]}")
-    if isinstance(value, str) and (kind is not str or value[:1] in ('"', "'")):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass                                # no literal: plain text, right for a str setting alone
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
@@ -260,7 +266,7 @@ def load_checkpoint(out_dir):
             return state
         reason = 'it holds no model_config'
     except Exception as e:                      # torch raises many kinds over a file that is not its own
-        reason = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+        reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:80]}"
     fail(f"{path} is not a checkpoint of this project ({reason})")
 
 

@@ -4,23 +4,34 @@ Text <-> token arrays: load a tokenizer, tokenise documents and conversations, w
     python prepare.py                              # pydoc, docstrings of this machine's Python -> data/pydoc
     python prepare.py --input=novel.txt            # your own text -> data/novel
     python prepare.py --input=corpus.jsonl --tokenizer=gpt2 --on_error=skip      # {"text": ...} a line
+    python prepare.py --input=chats.jsonl --debug_mask      # conversations: look at the first one, then stop
+    python prepare.py --input=mail.csv                      # label and text -> train, val and test by label
 
-A data set is a folder: for each of train and val (held out) three arrays, documents laid end to end,
+The records say what they are for. Text is for pretraining, {"conversations": [{"role", "content"}, ...]} (or
+"messages") and {"instruction", "input", "output"} for instruction tuning, tables of label and text for
+classification. A data set is a folder: for each of train and val (held out) three arrays, documents laid
+end to end,
 
-    train_tokens.npy    (n,) uint16 or uint32    token ids; a document ends in <|endoftext|>
+    train_tokens.npy    (n,) uint16 or uint32    token ids
     train_mask.npy      (n,) uint8               1 where the token is a target of the loss
     train_offsets.npy   (documents + 1,) int64   document i is tokens[offsets[i]:offsets[i + 1]]
 
 then meta.json, and the tokenizer that made it. The arrays are read with mmap_mode='r', so memory stays flat
-however large the corpus. (Tutorial chapters I-1 and II-8.)
+however large the corpus. Text ends in <|endoftext|> and is target throughout; of a conversation, what the
+assistant says is (encode_chat); of a labelled text, the last token alone, where the classifier reads, and
+train_labels.npy holds the label's number. (Tutorial chapters I-1, I-7, I-8, II-8 and II-9.)
 """
 import ast
 import codecs
+import csv
+import difflib
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import time
@@ -33,12 +44,16 @@ import tokenizers
 from configurator import HERE, clock, configure, fail
 
 dataset = ''                # name of the folder in data/, or a path; '' is the input's own name, or pydoc
-input = ''                  # a .txt or .jsonl file, or a folder of them; '' is the built-in data set
+input = ''                  # a .txt, .jsonl, .json, .csv or .tsv file, or a folder of text; '' is built in
 tokenizer = 'out/tokenizer' # folder of a trained tokenizer, or 'gpt2'
 val_fraction = 0.05         # share of the text that is held out
-on_error = 'stop'           # at a malformed line of .jsonl: 'stop', or 'skip' and count
+on_error = 'stop'           # at a malformed record: 'stop', or 'skip' and count
+balance = True              # labelled text: cut each class down to the size of the smallest
+seed = 1337                 # labelled text: of the split, and of what balance leaves out
+debug_mask = False          # print the first document, token by token with its mask, and stop
 
 FORMAT = 1                  # of the prepared folder; raised when its meaning changes
+BUILT_IN = dict(pydoc='pretrain', pydoc_sft='sft', spam='cls')      # sets that need no network: their task
 
 
 # ---- tokenizer ----
@@ -144,29 +159,71 @@ def byte_level_bpe(vocab, merges, special):
     return backend
 
 
-def encode_chat(tokenizer, messages, add_generation_prompt=False):
-    """A conversation in ChatML -> (ids, mask), two lists of one length (chapter II-9).
+ALPACA_PREFACE = ("Below is an instruction that describes a task. "
+                  "Write a response that appropriately completes the request.")
 
-    messages  [{'role': 'system' | 'user' | 'assistant', 'content': text}, ...]; content is stripped
-    mask      1 on what the assistant has to say: each token of its answer, and the <|im_end|> behind it
+
+def encode_chat(tokenizer, messages, add_generation_prompt=False):
+    """A conversation -> (ids, mask), two lists of one length: in ChatML (chapter II-9) where the tokenizer
+    has its special tokens, else in the Alpaca layout (chapter I-8).
+
+    messages  [{'role': 'system' | 'user' | 'assistant', 'content': text}, ...]; content is stripped. A user's
+              turn may bring its material apart, as 'input'.
+    mask      1 on what the assistant has to say: each token of its answer, and the <|im_end|> or
+              <|endoftext|> behind it
     """
     ids, mask = [], []
-
-    def add(tokens, target):
+    layout = alpaca if tokenizer.im_start is None else chatml
+    for tokens, target in layout(tokenizer, messages, add_generation_prompt):
         ids.extend(tokens)
         mask.extend([target] * len(tokens))
+    return ids, mask
 
+
+def chatml(tokenizer, messages, add_generation_prompt):
+    """Yield (ids, mask) piece by piece; of each turn `<|im_start|>role\\ncontent<|im_end|>\\n`."""
+    opening = [tokenizer.im_start, *tokenizer.encode('assistant\n')]    # what generation is given, too
     for message in messages:
         role, content = message['role'], message['content'].strip()
+        if message.get('input', '').strip():
+            content += '\n\n' + message['input'].strip()
         if role == 'assistant':
-            add([tokenizer.im_start, *tokenizer.encode('assistant\n')], 0)  # what generation is given, too
-            add([*tokenizer.encode(content), tokenizer.im_end], 1)
+            yield opening, 0
+            yield [*tokenizer.encode(content), tokenizer.im_end], 1
         else:
-            add([tokenizer.im_start, *tokenizer.encode(f'{role}\n{content}'), tokenizer.im_end], 0)
-        add(tokenizer.encode('\n'), 0)
+            yield [tokenizer.im_start, *tokenizer.encode(f'{role}\n{content}'), tokenizer.im_end], 0
+        yield tokenizer.encode('\n'), 0
     if add_generation_prompt:
-        add([tokenizer.im_start, *tokenizer.encode('assistant\n')], 0)
-    return ids, mask
+        yield opening, 0
+
+
+def alpaca(tokenizer, messages, add_generation_prompt):
+    """Yield (ids, mask) piece by piece. A system message stands in for the sentence that opens the layout; a
+    later turn follows the <|endoftext|> of the answer before it. Padding is <|endoftext|> as well, but the
+    first one is learned: it is how the model stops."""
+    opening = tokenizer.encode('\n\n### Response:\n')
+    preface = ALPACA_PREFACE + '\n\n'
+    for message in messages:
+        role, content = message['role'], message['content'].strip()
+        if role == 'system':
+            preface = content + '\n\n'
+        elif role == 'user':
+            material = message.get('input', '').strip()
+            yield tokenizer.encode(f'{preface}### Instruction:\n{content}'
+                                   + (f'\n\n### Input:\n{material}' if material else '')), 0
+            preface = ''
+        else:
+            yield opening, 0
+            yield [*tokenizer.encode(content), tokenizer.eot], 1
+    if add_generation_prompt:
+        yield opening, 0
+
+
+def print_mask(tokenizer, ids, mask):
+    """The mask table: each token of a document, and whether it is a target of the loss."""
+    print("position      id  target  token")
+    for i, (token, target) in enumerate(zip(ids, mask)):
+        print(f"{i:8}  {token:6}  {'yes' if target else '-':6}  {tokenizer.decode([token])!r}")
 
 
 # ---- sources of text ----
@@ -189,43 +246,45 @@ class Progress:
 
 class Piece(NamedTuple):
     """Some text of one document. Long documents come in several pieces, so that memory stays bounded."""
-    split: str              # 'train' or 'val'
-    text: str
+    split: str              # 'train' or 'val'; labelled text has 'test' too
+    text: str               # of a conversation, what its turns say
     ends_document: bool
     progress: float         # how much of the source has been read, 0 to 1
+    messages: tuple = ()    # of a conversation, as encode_chat takes them
+    label: int = -1         # of labelled text
 
 
 def read_documents(source='', val_fraction=0.05, on_error='stop'):
-    """Yield the Pieces of a source: '' is pydoc, else a .txt or .jsonl file, or a folder of them.
+    """Yield the Pieces of a source: '' is pydoc, else a .txt, .jsonl or .json file, or a folder of them.
 
-    A .jsonl document is held out by a hash of its text, so that equal texts stand on the same side; of a .txt
-    file, which is one document, the last part is held out. Malformed input ends the run with file:line, or is
-    counted in read_documents.skipped.
+    A record is held out by a hash of its text, so that equal texts stand on the same side; of a .txt file,
+    which is one document, the last part is held out. Malformed input ends the run with file:line, or is
+    counted in malformed.count.
     """
-    read_documents.skipped = 0
     if not source:
         yield from pydoc(val_fraction)
         return
     if os.path.isdir(source):
         files = sorted(os.path.join(d, f) for d, _, names in os.walk(source) for f in names
-                       if f.endswith(('.txt', '.jsonl')))
+                       if f.endswith(('.txt', '.jsonl', '.json')))
         if not files:
-            fail(f"{source} holds no .txt or .jsonl file")
+            fail(f"{source} holds no .txt, .jsonl or .json file")
     else:
         files = [source]
     for file in files:
         if not os.path.isfile(file):
             fail(f"no such file: {file}")
-        if not file.endswith(('.txt', '.jsonl')):
-            fail(f"{file}: only .txt and .jsonl are read")
+        if not file.endswith(('.txt', '.jsonl', '.json')):
+            fail(f"{file}: text is read from .txt, .jsonl and .json")
     sizes = [os.path.getsize(f) for f in files]
     for i, file in enumerate(files):
         if not sizes[i]:
             fail(f"{file} is empty")
         reader = read_txt(file, sizes[i], val_fraction) if file.endswith('.txt') else \
-            read_jsonl(file, val_fraction, on_error)
-        for split, text, ends_document, position in reader:
-            yield Piece(split, text, ends_document, (sum(sizes[:i]) + position) / sum(sizes))
+            ((side(text, val_fraction), text, True, progress)
+             for _, text, progress in read_records(file, text_of, on_error))
+        for split, text, ends_document, progress in reader:
+            yield Piece(split, text, ends_document, (sum(sizes[:i]) + sizes[i] * progress) / sum(sizes))
 
 
 def side(text, val_fraction):
@@ -234,7 +293,7 @@ def side(text, val_fraction):
 
 
 def read_txt(file, size, val_fraction, piece=1 << 16):
-    """(split, text, ends_document, position) of a text file, in pieces of about `piece` bytes.
+    """(split, text, ends_document, progress) of a text file, in pieces of about `piece` bytes.
 
     A piece ends where white space follows a word: tokenizers always split there, so no id depends on where.
     """
@@ -257,59 +316,270 @@ def read_txt(file, size, val_fraction, piece=1 << 16):
                 if not cut and len(text) > 16 * piece:
                     cut = len(text)                 # a megabyte without white space
                 if cut:
-                    yield split, text[:cut], False, position
+                    yield split, text[:cut], False, position / size
                     text = text[cut:]
-            yield split, text, True, position
+            yield split, text, True, position / size
             text = ''
 
 
-def read_jsonl(file, val_fraction, on_error):
-    """(split, text, True, position) for each {"text": ...} line."""
-    position = 0
+# ---- records: a line of .jsonl, an item of a .json list, a row of a table ----
+
+def malformed(where, reason, on_error):
+    """Report a record that cannot be used: end the run, or count it in malformed.count."""
+    if on_error == 'stop':
+        fail(f"{where}: {reason}; mend it, or pass --on_error=skip")
+    malformed.count += 1
+
+
+malformed.count = 0
+
+
+def read_records(file, parse, on_error='stop'):
+    """Yield (line, parse(record), share of the file read) of a .jsonl, .json, .csv or .tsv file.
+
+    parse takes a JSON value, or the list [label, text] of a table, and raises ValueError with the reason if
+    it is not what it should be.
+    """
+    kind = os.path.splitext(file)[1]
+    for line, record, progress in (json_lines if kind == '.jsonl' else json_list if kind == '.json' else
+                                   table_rows)(file):
+        try:
+            if isinstance(record, bytes):
+                record = json.loads(record.decode('utf-8-sig'))
+            result = parse(record)
+        except UnicodeDecodeError as e:
+            reason = f"not UTF-8 (byte 0x{e.object[e.start]:02x} in column {e.start + 1})"
+        except json.JSONDecodeError as e:
+            reason = f"not JSON ({e.msg}, column {e.colno})"
+        except ValueError as e:
+            reason = str(e)
+        else:
+            yield line, result, progress
+            continue
+        malformed(f"{file}:{line}", reason, on_error)
+
+
+def json_lines(file):
+    """(line, its bytes, progress) of each line of a .jsonl file that is not blank."""
+    position, size = 0, os.path.getsize(file)
     with open(file, 'rb') as f:
         for number, raw in enumerate(f, 1):
             position += len(raw)
-            if not raw.strip():
-                continue
-            try:
-                text = text_of(raw.decode('utf-8-sig'))
-            except UnicodeDecodeError as e:
-                reason = f"not UTF-8 (byte 0x{raw[e.start]:02x} in column {e.start + 1})"
-            except json.JSONDecodeError as e:
-                reason = f"not JSON ({e.msg}, column {e.colno})"
-            except ValueError as e:
-                reason = str(e)
-            else:
-                yield side(text, val_fraction), text, True, position
-                continue
-            if on_error == 'stop':
-                fail(f"{file}:{number}: {reason}; mend it, or pass --on_error=skip")
-            read_documents.skipped += 1
+            if raw.strip():
+                yield number, raw, position / size
 
 
-def text_of(line):
-    """The text of one line of .jsonl; ValueError says what is wrong with it."""
-    record = json.loads(line)
-    if not isinstance(record, dict) or 'text' not in record:
-        fields = f" among {', '.join(record)}" if isinstance(record, dict) else ""
-        raise ValueError('no field "text"' + fields)
-    text = record['text']
+def whole_text(file):
+    with open(file, 'rb') as f:
+        raw = f.read()
+    try:
+        return raw.decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        line = raw[:e.start].count(10) + 1
+        fail(f"{file}:{line}: not UTF-8 (byte 0x{raw[e.start]:02x}); convert the file first")
+
+
+def json_list(file):
+    """(line, item, progress) of a .json list. It is held in memory, as .jsonl need not be."""
+    text, gap, decode = whole_text(file), re.compile(r'\s*').match, json.JSONDecoder().raw_decode
+    at, line, counted = gap(text).end(), 1, 0
+    if text[at:at + 1] != '[':
+        fail(f"{file}:1: not a list; a .json file holds one list of records, a .jsonl file a record a line")
+    separator = '['
+    while separator != ']':
+        at = gap(text, at + 1).end()
+        line, counted = line + text.count('\n', counted, at), at
+        if separator == '[' and text[at:at + 1] == ']':
+            return
+        try:
+            item, at = decode(text, at)
+        except json.JSONDecodeError as e:
+            fail(f"{file}:{e.lineno}: not JSON ({e.msg}, column {e.colno})")
+        yield line, item, at / len(text)
+        at = gap(text, at).end()
+        separator = text[at:at + 1]
+        if separator not in (',', ']') or not separator:
+            fail(f"{file}:{line}: not JSON (the record that starts here is followed by neither , nor ])")
+
+
+def table_rows(file):
+    """(line, [label, text], progress) of a .csv or .tsv file.
+
+    A first line that names the columns label and text is a header, in any order and among others; without one
+    the label stands first. A .csv follows RFC 4180: quotes may hold commas, lines and doubled quotes. In a
+    .tsv each line is a record and a quote is a plain character, unless it wraps the whole field as
+    spreadsheets write it. Separators too many belong to the text.
+    """
+    text, comma = whole_text(file), file.endswith('.csv')
+    if comma:
+        rows = csv.reader(io.StringIO(text, newline=''), strict=True)
+    else:
+        rows = (line.rstrip('\r').split('\t') for line in text.split('\n'))
+    columns, end, total = ['label', 'text'], 0, text.count('\n') + 1
+    while True:
+        start = end + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as e:
+            fail(f"{file}:{start}: not a row of .csv ({e})")
+        end = rows.line_num if comma else start
+        if row is None:
+            return
+        names = [cell.strip().lower() for cell in row]
+        if start == 1 and {'label', 'text'} <= set(names):
+            columns = names
+        elif any(names):
+            extra, at = max(0, len(row) - len(columns)), columns.index('text')
+            row[at:at + extra + 1] = [(',' if comma else '\t').join(row[at:at + extra + 1])]
+            if not comma:
+                row = [cell[1:-1].replace('""', '"') if re.fullmatch(r'"([^"]|"")*"', cell) else cell
+                       for cell in row]
+            yield start, [row[i] if i < len(row) else '' for i in (columns.index('label'), at)], end / total
+
+
+def check_text(text, what):
+    """text, if it is one; ValueError says what else `what` is."""
     if not isinstance(text, str):
-        raise ValueError(f'"text" is not a text but {json.dumps(text)[:40]}')
+        raise ValueError(f'{what} is not a text but {json.dumps(text)[:40]}')
     if not text.strip():
-        raise ValueError('"text" is empty')
+        raise ValueError(f'{what} is empty')
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError('"text" holds half of a surrogate pair') from None
+        raise ValueError(f'{what} holds half of a surrogate pair') from None
     return text
 
 
-def pydoc(val_fraction):
-    """Every module, class and function of this machine's standard library: its signature, then its docstring.
+def fields_of(record, *wanted):
+    """The one of the wanted fields that a record has, in words for an error if there is none."""
+    found = [field for field in wanted if isinstance(record, dict) and field in record]
+    if not found:
+        names = ' or '.join(f'"{field}"' for field in wanted)
+        fields = f" among {', '.join(record)}" if isinstance(record, dict) and record else ""
+        raise ValueError(f'no field {names}{fields}')
+    return found[0]
 
-    Read from source with `ast`; nothing is imported. Held out by docstring, so that functions which share one
-    stand on the same side.
+
+def text_of(record):
+    """The text of a record for pretraining."""
+    return check_text(record[fields_of(record, 'text')], '"text"')
+
+
+def messages_of(record):
+    """The conversation in a record, as encode_chat takes it. Users and assistant take turns, a system message
+    may open, and the assistant has the last word."""
+    field = fields_of(record, 'conversations', 'messages', 'instruction')
+    if field == 'instruction':
+        question = dict(role='user', content=check_text(record['instruction'], '"instruction"'))
+        if record.get('input'):
+            question['input'] = check_text(record['input'], '"input"')
+        answer = check_text(record[fields_of(record, 'output')], '"output"')
+        return question, dict(role='assistant', content=answer)
+    turns, messages = record[field], []
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f'"{field}" is not a list of turns but {json.dumps(turns)[:40]}')
+    for i, turn in enumerate(turns, 1):
+        role = turn[fields_of(turn, 'role')]
+        content = turn[fields_of(turn, 'content')]
+        if role not in ('system', 'user', 'assistant'):
+            raise ValueError(f"turn {i} has the unknown role {role!r}; there are system, user and assistant")
+        messages.append(dict(role=role, content=check_text(content, f"turn {i}, of the {role},")))
+        expected = 'assistant' if i > 1 and turns[i - 2]['role'] == 'user' else 'user'
+        if role != expected and not (role == 'system' and i == 1):
+            raise ValueError(f"turn {i} is the {role}'s, where the {expected}'s is expected")
+    if role != 'assistant':
+        raise ValueError("the last turn is not the assistant's, so nothing answers it")
+    return tuple(messages)
+
+
+def label_and_text(row):
+    """(label, text) of a table's row."""
+    return check_text(row[0], 'the label').strip(), check_text(row[1], 'the text').strip()
+
+
+TASK_OF_FIELD = dict(text='pretrain', conversations='sft', messages='sft', instruction='sft')
+
+
+def task_of(source, on_error='stop'):
+    """What a source is for: by its ending, and of .jsonl and .json by the fields of its first good record."""
+    if source.endswith(('.csv', '.tsv')):
+        return 'cls'
+    if not source.endswith(('.jsonl', '.json')) or not os.path.isfile(source):
+        return 'pretrain'
+    for _, field, _ in read_records(source, lambda record: fields_of(record, *TASK_OF_FIELD), on_error):
+        malformed.count = 0                     # the reader that follows counts again
+        return TASK_OF_FIELD[field]
+    fail(f"{source} holds no record with one of the fields {', '.join(TASK_OF_FIELD)}")
+
+
+def read_conversations(source='', val_fraction=0.05, on_error='stop'):
+    """Yield the conversations of a source ('' is pydoc_sft) as Pieces, held out by a hash of the question."""
+    if not source:
+        yield from pydoc_sft(val_fraction)
+        return
+    for _, messages, progress in read_records(source, messages_of, on_error):
+        question = next(m for m in messages if m['role'] == 'user')
+        split = side(question['content'] + question.get('input', ''), val_fraction)
+        yield conversation(split, messages, progress)
+
+
+def conversation(split, messages, progress):
+    text = '\n'.join(m[part] for m in messages for part in ('content', 'input') if part in m)
+    return Piece(split, text, True, progress, tuple(messages))
+
+
+def read_labelled(source='', balance=True, seed=1337, on_error='stop'):
+    """The labelled texts of a .csv or .tsv file ('' is the spam set that ships): (Pieces, names of labels).
+
+    Of equal texts (but for case and white space) one is kept, so none stands in two splits. With balance, the
+    larger classes are cut at random to the smallest. Each class is dealt out 70 / 10 / 20 to train, val and
+    test.
+    """
+    source = source or os.path.join(HERE, 'data', 'spam.csv')
+    seen, classes, repeated = {}, {}, 0
+    for line, (label, text), _ in read_records(source, label_and_text, on_error):
+        key = ' '.join(text.casefold().split())
+        if key in seen:
+            if seen[key][0] != label:
+                reason = f"this text has the label {label!r}, but {seen[key][0]!r} in line {seen[key][1]}"
+                malformed(f"{source}:{line}", reason, on_error)
+            else:
+                repeated += 1
+            continue
+        seen[key] = label, line
+        classes.setdefault(label, []).append((line, text))
+    for label, texts in sorted(classes.items()):
+        if len(texts) < 3:
+            times = 'once' if len(texts) == 1 else 'twice'
+            reason = (f"the label {label!r} is seen {times}, but train, val and test need a text each (if it "
+                      f"stands in a header, that must name label and text)")
+            malformed(f"{source}:{texts[0][0]}", reason, on_error)
+            del classes[label]
+    if len(classes) < 2:
+        fail(f"{source}: a classifier needs two labels, and here " +
+             (f"is one, {next(iter(classes))!r}" if classes else "is none"))
+    names = sorted(classes)
+    rng, pieces = np.random.default_rng(seed), []
+    smallest = min(map(len, classes.values()))
+    for label, name in enumerate(names):
+        texts = classes[name]
+        order = rng.permutation(len(texts))[:smallest if balance else len(texts)]
+        n_val, n_test = max(1, round(0.1 * len(order))), max(1, round(0.2 * len(order)))
+        splits = ['val'] * n_val + ['test'] * n_test + ['train'] * (len(order) - n_val - n_test)
+        pieces += [Piece(split, texts[i][1], True, 1.0, label=label) for split, i in zip(splits, order)]
+    for label, name in enumerate(names):
+        print(f"label {name!r}: {sum(p.label == label for p in pieces):,} of {len(classes[name]):,} texts")
+    if repeated:
+        print(f"left out {repeated:,} repeated texts")
+    return pieces, names
+
+
+# ---- built-in sources ----
+
+def docstrings():
+    """Yield (title, docstring, progress) of each module, class and function of this machine's standard
+    library. The title is the signature: 'def dedent(text)', 'class Thread', 'module json.tool'. Read from
+    source with `ast`; nothing is imported.
     """
     root = sysconfig.get_path('stdlib')
     files = []
@@ -336,9 +606,59 @@ def pydoc(val_fraction):
                 title = f"def {node.name}({ast.unparse(node.args)})"
             if doc and (title, doc) not in seen:
                 seen.add((title, doc))
-                yield Piece(side(doc, val_fraction), f"{title}:\n{doc}\n", True, i / len(files))
+                yield title, doc, i / len(files)
     if not seen:
         fail(f"{root} holds no Python source to read docstrings from; give your own text with --input=FILE")
+
+
+def pydoc(val_fraction):
+    """Each title with its docstring. Held out by docstring, so that functions which share one stand on the
+    same side."""
+    for title, doc, progress in docstrings():
+        yield Piece(side(doc, val_fraction), f"{title}:\n{doc}\n", True, progress)
+
+
+PYDOC_SYSTEM = "You know the Python standard library. Answer briefly."
+PYDOC_QUESTIONS = dict(
+    purpose=["What does this {kind} do?\n{title}", "Explain in short:\n{title}", "{title}\nWhat is it for?",
+             "Write a docstring for this {kind}:\n{title}", "Can you tell me what {title} is about?"],
+    parameters=["Which parameters does it take?\n{title}", "List the parameters of this function:\n{title}",
+                "{title}\nWhat do I have to pass?"],
+    follow_up=["And which parameters does it take?", "List its parameters.", "What do I have to pass?"])
+
+
+def pydoc_sft(val_fraction):
+    """Conversations about what pydoc reads: what a thing is for (the first paragraph of its docstring), and
+    the parameters of a function. One in four opens with a system message. What pydoc holds out is held out
+    here, too."""
+    for title, doc, progress in docstrings():
+        summary = ' '.join(doc.split('\n\n')[0].split())
+        if not 10 < len(summary) <= 300:
+            continue
+        kind = title.split()[0].replace('def', 'function')
+        pick = int(hashlib.sha256(title.encode()).hexdigest()[:8], 16)      # random, yet always the same
+
+        def ask(form, pick=pick, kind=kind, title=title):
+            forms = PYDOC_QUESTIONS[form]
+            return dict(role='user', content=forms[pick % len(forms)].format(kind=kind, title=title))
+
+        names = parameters(title) if kind == 'function' else ''
+        listed = dict(role='assistant', content=names)
+        messages = [ask('purpose'), dict(role='assistant', content=summary)]
+        if names and pick // 7 % 3 == 1:
+            messages += [ask('follow_up'), listed]
+        elif names and pick // 7 % 3 == 2:
+            messages = [ask('parameters'), listed]
+        if pick // 11 % 4 == 0:
+            messages.insert(0, dict(role='system', content=PYDOC_SYSTEM))
+        yield conversation(side(doc, val_fraction), messages, progress)
+
+
+def parameters(title):
+    """'def f(self, a, *, b=1, **kw)' -> 'a, b, kw'."""
+    args = ast.parse(title + ': pass').body[0].args
+    names = [a.arg for a in (*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg) if a]
+    return ', '.join(names[names[:1] in (['self'], ['cls']):])
 
 
 # ---- prepared data ----
@@ -376,16 +696,19 @@ def data_folder(name):
     return name if os.sep in name or '/' in name else os.path.join(HERE, 'data', name)
 
 
-def read_meta(name):
-    """meta.json of a prepared data set, or one line on how to prepare it."""
+def read_meta(name, task='pretrain'):
+    """meta.json of a data set prepared for a task, or one line on how to prepare it."""
     path = os.path.join(data_folder(name), 'meta.json')
     if not os.path.isfile(path):
         fail(f"no prepared data in {data_folder(name)}: make it with `python prepare.py --input=FILE "
-             f"--dataset={name}`, or use the built-in --dataset=pydoc")
+             f"--dataset={name}`, or use the built-in --dataset="
+             + ' or '.join(k for k, t in BUILT_IN.items() if t == task))
     with open(path, encoding='utf-8') as f:
         meta = json.load(f)
     if meta.get('format') != FORMAT:
         fail(f"{path} is of format {meta.get('format')}, this code reads {FORMAT}: run prepare.py again")
+    if meta['task'] != task:
+        fail(f"{path}: prepared for the task {meta['task']!r}, not {task!r}: choose another --dataset")
     return meta
 
 
@@ -395,7 +718,23 @@ def read_split(name, split):
                    for field in Split._fields))
 
 
-def write_data(folder, tokenizer, pieces, source):
+def read_labels(name, split):
+    """(documents,) int64, the number of each labelled text's label in meta['labels']."""
+    return np.load(os.path.join(data_folder(name), f'{split}_labels.npy'))
+
+
+def encode_pieces(tokenizer, pieces, task):
+    """The (ids, mask) of each Piece, as its task wants them."""
+    if task == 'sft':
+        return [encode_chat(tokenizer, p.messages) for p in pieces]
+    encoded = []
+    for piece, ids in zip(pieces, tokenizer.encode_batch([p.text for p in pieces])):
+        ids = ids + [tokenizer.eot] * piece.ends_document
+        encoded.append((ids, [1] * len(ids) if task == 'pretrain' else [0] * (len(ids) - 1) + [1]))
+    return encoded
+
+
+def write_data(folder, tokenizer, pieces, source, task='pretrain', labels=()):
     """Tokenise the Pieces into a prepared folder, all or nothing. Returns its meta.json."""
     partial = folder.rstrip('/' + os.sep) + '.partial'
     shutil.rmtree(partial, ignore_errors=True)
@@ -403,17 +742,19 @@ def write_data(folder, tokenizer, pieces, source):
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     kinds = dict(tokens=dtype, mask=np.uint8, offsets=np.int64)
     writers = {split: Split(**{field: ArrayWriter(os.path.join(partial, f'{split}_{field}.npy'), kind)
-                               for field, kind in kinds.items()}) for split in ('train', 'val')}
+                               for field, kind in kinds.items()})
+               for split in ('train', 'val', 'test')[:3 if task == 'cls' else 2]}
+    numbers = {split: [] for split in writers}          # of the labels
     counts = {split: dict(documents=0, tokens=0, bytes=0) for split in writers}
     for w in writers.values():
         w.offsets.append([0])
 
     def flush(batch):
-        for piece, ids in zip(batch, tokenizer.encode_batch([p.text for p in batch])):
-            ids = ids + [tokenizer.eot] * piece.ends_document
+        for piece, (ids, mask) in zip(batch, encode_pieces(tokenizer, batch, task)):
             w, count = writers[piece.split], counts[piece.split]
             w.tokens.append(ids)
-            w.mask.append(np.ones(len(ids)))
+            w.mask.append(mask)
+            numbers[piece.split].append(piece.label)
             count['tokens'] += len(ids)
             count['bytes'] += len(piece.text.encode())
             if piece.ends_document:
@@ -436,9 +777,11 @@ def write_data(folder, tokenizer, pieces, source):
         if not count['bytes']:
             shutil.rmtree(partial)
             fail(f"{source}: no document falls into {split!r}; give more text, or another --val_fraction")
+        if labels:
+            np.save(os.path.join(partial, f'{split}_labels.npy'), np.array(numbers[split], dtype=np.int64))
     tokenizer.save(partial)
-    meta = dict(format=FORMAT, task='pretrain', source=source, tokenizer=tokenizer.fingerprint,
-                vocab_size=tokenizer.vocab_size, **counts)
+    meta = dict(format=FORMAT, task=task, source=source, tokenizer=tokenizer.fingerprint,
+                vocab_size=tokenizer.vocab_size, **counts, **({'labels': labels} if labels else {}))
     with open(os.path.join(partial, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, ensure_ascii=False, indent=2)
     shutil.rmtree(folder, ignore_errors=True)
@@ -446,17 +789,52 @@ def write_data(folder, tokenizer, pieces, source):
     return meta
 
 
+def prepare_missing(run, dataset, tokenizer):
+    """Before a stage reads a built-in data set that is not there yet: do what a newcomer would type. Every
+    rank calls this. tokenizer: a folder, trained first if it has none, or 'gpt2'."""
+    folder = data_folder(dataset)
+    if os.path.basename(folder) in BUILT_IN and not os.path.exists(folder):
+        if run.rank == 0:
+            commands = [['prepare.py', f'--dataset={dataset}', f'--tokenizer={tokenizer}']]
+            if tokenizer != 'gpt2' and not os.path.isfile(os.path.join(tokenizer, 'tokenizer.json')):
+                commands.insert(0, ['train_tokenizer.py', f'--out_dir={tokenizer}'])
+            env = {k: v for k, v in os.environ.items() if k != 'RANK'}
+            for script, *options in commands:
+                print('$ python', script, *options, flush=True)
+                done = subprocess.run([sys.executable, os.path.join(HERE, script), *options], env=env)
+                if done.returncode:
+                    sys.exit(done.returncode)
+        run.barrier()
+
+
 if __name__ == '__main__':
     configure(globals(), val_fraction=[0, 1], on_error=('stop', 'skip'))
     folder = data_folder(dataset or os.path.splitext(os.path.basename(input.rstrip('/')))[0] or 'pydoc')
-    if os.path.basename(folder) != 'pydoc' and not input:
-        fail(f"--dataset={dataset} is not built in (pydoc is): name its text with --input=FILE")
+    name = os.path.basename(folder)
+    if not input and name not in BUILT_IN:
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(BUILT_IN)}"
+        fail(f"--dataset={dataset} is not built in ({hint}): name its source with --input=FILE")
+    if input and not os.path.exists(input):
+        fail(f"no such file: {input}")
+    if input and not os.path.isdir(input) and not os.path.getsize(input):
+        fail(f"{input} is empty")
     words = load_tokenizer(tokenizer)
-    meta = write_data(folder, words, read_documents(input, val_fraction, on_error), input or 'pydoc')
-    for split in ('train', 'val'):
+    task, labels = task_of(input, on_error) if input else BUILT_IN[name], ()
+    if task == 'cls':
+        pieces, labels = read_labelled(input, balance, seed, on_error)
+    elif task == 'sft':
+        pieces = read_conversations(input, val_fraction, on_error)
+    else:
+        pieces = read_documents(input, val_fraction, on_error)
+    if debug_mask:
+        print_mask(words, *encode_pieces(words, [next(iter(pieces))], task)[0])
+        sys.exit()
+    meta = write_data(folder, words, pieces, input or name, task, labels)
+    for split in ('train', 'val', 'test')[:3 if labels else 2]:
         m = meta[split]
         print(f"{split:5} {m['documents']:9,} documents {m['tokens']:13,} tokens {m['bytes']:14,} bytes "
               f"{m['bytes'] / m['tokens']:5.2f} bytes/token")
-    if read_documents.skipped:
-        print(f"skipped {read_documents.skipped:,} malformed lines", file=sys.stderr)
+    if malformed.count:
+        print(f"skipped {malformed.count:,} malformed records", file=sys.stderr)
     print(f"wrote {folder}")

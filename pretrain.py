@@ -17,7 +17,6 @@ training loss falls is overfitting, for which more text helps, a smaller model, 
 import functools
 import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -30,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import (HERE, MetricsLog, StopSignal, clock, configure, fail, learning_rate_at, make_folder,
                           restore_rng, save_checkpoint, start_run)
 from model_minimind import MiniMind, MiniMindConfig
-from prepare import data_folder, load_tokenizer, read_meta, read_split
+from prepare import data_folder, load_tokenizer, prepare_missing, read_meta, read_split
 from sample import generate, load_run, stop_ids
 
 # the run
@@ -56,6 +55,14 @@ n_kv_head = 2                   # key and value heads; n_head is multi-head, 1 i
 n_embd = 256                    # width
 qk_norm = True                  # RMSNorm on queries and keys
 dropout = 0.0                   # share of activations dropped while training
+use_moe = False                 # feed-forwards become mixtures of experts (chapter II-6)
+num_experts = 4                 # routed experts in a layer
+num_experts_per_tok = 2         # how many of them each token visits
+n_shared_experts = 0            # experts every token visits besides
+moe_intermediate_size = 0       # width of an expert; 0: a token's experts are together as wide as one dense
+norm_topk_prob = True           # weights of a token's experts sum to 1
+router_aux_loss_coef = 0.01     # weight of the load-balancing loss
+seq_aux = True                  # balance within each row, not over the micro-batch as a whole
 # the optimizer
 optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
 learning_rate = 1e-2            # highest; with AdamW alone 2e-3 is better
@@ -141,34 +148,66 @@ def sample_text(model, tokenizer, start, device, max_new_tokens=60):
 
 # ---- the parts of a run ----
 
-def prepare_missing(dataset, tokenizer):
-    """Do for pydoc what a newcomer would type: train a tokenizer, then tokenise the text."""
-    words = tokenizer or os.path.join(HERE, 'out', 'tokenizer')
-    commands = [['prepare.py', f'--dataset={dataset}', f'--tokenizer={words}']]
-    if words != 'gpt2' and not os.path.isfile(os.path.join(words, 'tokenizer.json')):
-        commands.insert(0, ['train_tokenizer.py', f'--out_dir={words}'])
-    env = {k: v for k, v in os.environ.items() if k != 'RANK'}
-    for script, *options in commands:
-        print('$ python', script, *options, flush=True)
-        code = subprocess.run([sys.executable, os.path.join(HERE, script), *options], env=env).returncode
-        if code:
-            sys.exit(code)
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal matrix, so that
+    no direction dominates the step. It is torch.optim.Muon, for stacks of matrices too, as experts are.
+
+    Five Newton-Schulz steps pull all singular values near 1; 0.2 sqrt(max(m, n)) gives the step AdamW's size.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
+                average = self.state[p]['momentum_buffer']
+                average.lerp_(p.grad, 1 - group['momentum'])
+                x = p.grad.lerp(average, group['momentum']).bfloat16()              # Nesterov's look ahead
+                tall = x.size(-2) > x.size(-1)
+                x = x.mT if tall else x
+                x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):
+                    a = x @ x.mT
+                    x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                size = 0.2 * math.sqrt(max(p.shape[-2:]))
+                p.add_(x.mT if tall else x, alpha=-group['lr'] * size)
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay):
-    """Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal matrix, so that
-    no direction dominates the step. It is made for the matrices inside the blocks; embedding, head and norms
-    take AdamW, the norms without weight decay."""
+    """Muon is made for the matrices inside the blocks; embedding, head and norms take AdamW, the norms
+    without weight decay."""
     named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.dim() == 2 and '.layers.' in name and optimizer == 'muon']
+    matrices = [p for name, p in named if p.dim() >= 2 and '.layers.' in name and optimizer == 'muon']
     rest = [p for _, p in named if all(p is not m for m in matrices)]
     adamw = torch.optim.AdamW([dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
                                dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)],
                               lr=learning_rate, betas=(0.9, 0.95), fused=True)
-    if not matrices:
-        return [adamw]
-    return [adamw, torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay,
-                                    adjust_lr_fn='match_rms_adamw')]
+    return [adamw, Muon(matrices, learning_rate, weight_decay)] if matrices else [adamw]
+
+
+def draw_experts(log, out_dir):
+    """Draw each expert's share of the tokens, a panel a layer, into experts.png, if matplotlib is there."""
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError:
+        return
+    lines = [line for line in log.lines if 'expert_load' in line]
+    layers, experts = np.shape(lines[0]['expert_load'])
+    figure, panels = plt.subplots(1, layers, figsize=(2.5 * layers, 2.5), sharey=True, squeeze=False)
+    for layer, axes in enumerate(panels[0]):
+        axes.plot([line['step'] for line in lines], [line['expert_load'][layer] for line in lines])
+        axes.axhline(1 / experts, color='grey', linestyle=':')              # the fair share
+        axes.set(title=f"layer {layer}", xlabel='step', ylim=(0, None))
+    panels[0, 0].set(ylabel="share of each expert")
+    figure.savefig(os.path.join(out_dir, 'experts.png'), dpi=120, bbox_inches='tight')
+    plt.close(figure)
 
 
 if __name__ == '__main__':
@@ -178,10 +217,7 @@ if __name__ == '__main__':
     master = run.rank == 0
 
     # data
-    if os.path.basename(data_folder(dataset)) == 'pydoc' and not os.path.exists(data_folder(dataset)):
-        if master:
-            prepare_missing(dataset, tokenizer)
-        run.barrier()
+    prepare_missing(run, dataset, tokenizer or os.path.join(HERE, 'out', 'tokenizer'))
     meta = read_meta(dataset)
     words = load_tokenizer(data_folder(dataset))
     if tokenizer and load_tokenizer(tokenizer).fingerprint != words.fingerprint:
@@ -197,9 +233,15 @@ if __name__ == '__main__':
         model_config = MiniMindConfig(
             vocab_size=words.vocab_size, hidden_size=n_embd, num_hidden_layers=n_layer,
             num_attention_heads=n_head, num_key_value_heads=n_kv_head, qk_norm=qk_norm,
-            max_position_embeddings=block_size, dropout=dropout)
+            max_position_embeddings=block_size, dropout=dropout, use_moe=use_moe, num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok, n_shared_experts=n_shared_experts,
+            moe_intermediate_size=moe_intermediate_size, norm_topk_prob=norm_topk_prob,
+            router_aux_loss_coef=router_aux_loss_coef, seq_aux=seq_aux)
+        if use_moe and not moe_intermediate_size:           # the dense width, over the experts a token visits
+            visits = num_experts_per_tok + n_shared_experts
+            model_config.moe_intermediate_size = 8 * math.ceil(model_config.intermediate_size / visits / 8)
     except ValueError as e:
-        fail(f"{e}; they are set by --n_embd, --n_head and --n_kv_head")
+        fail(f"{e}; see --n_embd, --n_head, --n_kv_head and, of experts, --num_experts_per_tok")
     model = MiniMind(model_config)
     checkpoint, first_step = None, 0
     if init_from != 'scratch':
@@ -275,6 +317,7 @@ if __name__ == '__main__':
             for group in o.param_groups:
                 group['lr'] = lr
         total = torch.zeros((), device=run.device)
+        aux_total, load = torch.zeros_like(total), 0.0      # of the mixtures of experts
         for i, batch in enumerate(batches):
             x, y = to_device(batch, run.device)
             if run.world_size > 1:
@@ -282,6 +325,9 @@ if __name__ == '__main__':
             with run.autocast():
                 loss = wrapped(x, y)[1] * (y != -100).sum()                     # mean -> sum over the targets
             total += loss.detach()
+            if use_moe:
+                aux_total += model.aux_loss * (y != -100).sum()
+                load = load + model.expert_load()
             # DDP averages gradients over ranks; times world_size that is the sum which the loss asks for
             scaler.scale(loss * (run.world_size / max(1, n_targets))).backward()
         for o in optimizers:
@@ -294,19 +340,29 @@ if __name__ == '__main__':
 
         seconds, since = seconds + time.time() - clock_start, since + 1
         if step % log_interval == 0 or step == max_iters - 1:
-            loss = run.sum(total.item())[0] / max(1, n_targets)
+            # the language loss, and the auxiliary loss apart from it
+            loss, aux = (n / max(1, n_targets) for n in run.sum((total - aux_total).item(), aux_total.item()))
+            experts, spread = {}, ''
+            if use_moe:
+                load = np.reshape(run.sum(*load.flatten().tolist()), load.shape)    # (layers, experts)
+                load /= load.sum(axis=1, keepdims=True)
+                experts = dict(aux=aux, expert_load=load.round(4).tolist())
+                spread = f"aux {aux:.4f}  experts get {load.min():.3f} to {load.max():.3f}  "
             if master:
                 speed = since / max(seconds, 1e-9)
                 evals = (max_iters - 1) // eval_interval - step // eval_interval + 1
                 log.write(step=step, loss=loss, lr=lr, grad_norm=norm.item(),
-                          tokens=(step + 1) * rows * block_size, tokens_per_second=speed * rows * block_size)
+                          tokens=(step + 1) * rows * block_size, tokens_per_second=speed * rows * block_size,
+                          **experts)
                 print(f"step {step:6,}/{max_iters:,}  loss {loss:.4f}  lr {lr:.2e}  grad norm {norm:.2f}  "
-                      f"{speed * rows * block_size:,.0f} tokens/s  "
+                      f"{spread}{speed * rows * block_size:,.0f} tokens/s  "
                       f"{clock((max_iters - 1 - step) / speed + evals * eval_seconds)} left", flush=True)
             seconds, since = 0.0, 0
 
     if master:
         log.draw()
+        if use_moe and any('expert_load' in line for line in log.lines):
+            draw_experts(log, out_dir)
         if stopping:
             saved = f"saved in {out_dir}; go on with --init_from=resume" if step else "nothing to save yet"
             print(f"stopped at step {step:,}; {saved}")

@@ -63,27 +63,32 @@ def train_lookup(texts, vocab_size, kind):
 
 
 def bpe_merges(word_counts, n):
-    """The algorithm in the open: yield (pair, its count) for the first n merges over {word: how often}.
+    """The algorithm in the open, over {word: how often}: the first n merges, each as (pair, its count, and
+    {token: how often} after the merge).
 
     A word is its letters and a mark for its end, </w>, so that "est" inside and "est" at the end differ.
     Each turn counts all neighbouring pairs and merges the most frequent one; of equals, the first met.
     """
-    words = [([*word, '</w>'], count) for word, count in word_counts.items()]
+    words, merges = [([*word, '</w>'], count) for word, count in word_counts.items()], []
     for _ in range(n):
         pairs = Counter()
         for parts, count in words:
             for pair in zip(parts, parts[1:]):
                 pairs[pair] += count
         if not pairs:
-            return
+            break
         best = max(pairs, key=pairs.get)
-        yield best, pairs[best]
-        for parts, _ in words:
+        tokens = Counter()
+        for parts, count in words:
             i = 0
             while i < len(parts) - 1:
                 if (parts[i], parts[i + 1]) == best:
                     parts[i:i + 2] = [''.join(best)]
                 i += 1
+            for part in parts:
+                tokens[part] += count
+        merges.append((best, pairs[best], tokens))
+    return merges
 
 
 def training_texts(source, val_fraction, max_bytes, held_out):
@@ -126,9 +131,15 @@ if __name__ == '__main__':
         words = Counter()
         for text in training_texts(input, val_fraction, 10_000_000, []) if input else ():
             words.update(text.split())
+        merges = bpe_merges(words if input else CHAPTER_CORPUS, trace)
+        if not merges:
+            fail(f"{input} holds no word")
         print("merge  count  pair")
-        for i, (pair, count) in enumerate(bpe_merges(words or CHAPTER_CORPUS, trace), 1):
+        for i, (pair, count, _) in enumerate(merges, 1):
             print(f"{i:5}  {count:5}  {pair[0]} + {pair[1]} -> {''.join(pair)}")
+        print("\ncount  token, after the last merge")
+        for token, count in merges[-1][2].most_common():
+            print(f"{count:5}  {token}")
         raise SystemExit
     if kind == 'bpe' and vocab_size < len(SPECIAL) + 256:
         fail(f"--vocab_size={vocab_size}: byte-level BPE needs {len(SPECIAL)} special tokens and 256 bytes")

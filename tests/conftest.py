@@ -49,8 +49,8 @@ def script(tmp_path):
 
 @pytest.fixture(scope='session')
 def tokenizer():
-    """A byte-level BPE tokenizer of 400 tokens with the three special ones, trained on TEXT."""
-    return Tokenizer(train_bpe([TEXT] * 5, 400))
+    """A byte-level BPE tokenizer of 350 tokens with the three special ones, trained on TEXT."""
+    return Tokenizer(train_bpe([TEXT] * 5, 350))
 
 
 @pytest.fixture(scope='session')
