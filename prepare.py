@@ -2,6 +2,7 @@
 Text <-> token arrays: load a tokenizer, tokenise documents and conversations, write and read prepared data.
 
     python prepare.py                              # pydoc, docstrings of this machine's Python -> data/pydoc
+    python prepare.py --dataset=verdict --tokenizer=gpt2        # a text of DOWNLOADS, fetched when missing
     python prepare.py --input=novel.txt            # your own text -> data/novel
     python prepare.py --input=corpus.jsonl --tokenizer=gpt2 --on_error=skip      # {"text": ...} a line
     python prepare.py --input=chats.jsonl --debug_mask      # conversations: look at the first one, then stop
@@ -40,26 +41,43 @@ import subprocess
 import sys
 import sysconfig
 import time
+from http.client import HTTPException
 from typing import NamedTuple
+from urllib.request import Request, urlopen
 
 import numpy as np
 import tiktoken
 import tokenizers
 
-from configurator import HERE, clock, configure, fail
+from configurator import HERE, clock, configure, fail, make_folder
 
 dataset = ''                # name of the folder in data/, or a path; '' is the input's own name, or pydoc
 input = ''                  # a .txt, .jsonl, .json, .csv or .tsv file, or a folder of text; '' is built in
 tokenizer = 'out/tokenizer' # folder of a trained tokenizer, or 'gpt2'
-val_fraction = 0.05         # share of the text that is held out
+val_fraction = 0.0          # share of the text that is held out; 0 takes the data set's own, mostly 0.05
 on_error = 'stop'           # at a malformed record: 'stop', or 'skip' and count
 balance = True              # labelled text: cut each class down to the size of the smallest
 seed = 1337                 # labelled text: of the split, and of what balance leaves out
 debug_mask = False          # print the first document, token by token with its mask, and stop
 
 FORMAT = 1                  # of the prepared folder; raised when its meaning changes
-# sets that need no network: their task
-BUILT_IN = dict(pydoc='pretrain', pydoc_sft='sft', pydoc_dpo='dpo', reason='sft', spam='cls')
+# Data sets that are a file on the network: its name in data/downloads/, its sha256, where to get it, in turn.
+VERDICT, SHAKESPEARE = 'ch02/01_main-chapter-code/the-verdict.txt', 'data/tinyshakespeare/input.txt'
+DOWNLOADS = {
+    # chapters I-1 and I-5: a story by Edith Wharton, 20,479 characters
+    'verdict': dict(file='the-verdict.txt',
+                    sha256='b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f',
+                    urls=[f'https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/{VERDICT}',
+                          f'https://cdn.jsdelivr.net/gh/rasbt/LLMs-from-scratch@main/{VERDICT}']),
+    # 1.1 MB of plays
+    'shakespeare': dict(file='shakespeare.txt',
+                        sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
+                        urls=[f'https://raw.githubusercontent.com/karpathy/char-rnn/master/{SHAKESPEARE}',
+                              f'https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/{SHAKESPEARE}']),
+}
+BUILT_IN = dict(pydoc='pretrain', pydoc_sft='sft', spam='cls',      # sets that prepare.py makes: their task
+                verdict='pretrain', shakespeare='pretrain')
+DOWNLOADED = os.path.join(HERE, 'data', 'downloads')
 
 
 # ---- tokenizer ----
@@ -304,6 +322,56 @@ def read_documents(source='', val_fraction=0.05, on_error='stop'):
              for _, text, progress in read_records(file, text_of, on_error))
         for split, text, ends_document, progress in reader:
             yield Piece(split, text, ends_document, (sum(sizes[:i]) + sizes[i] * progress) / sum(sizes))
+
+
+def download(file, sha256, urls, folder=DOWNLOADED):
+    """The path of a file in a folder, fetched from the first of the urls that has it, unless it is there.
+
+    What a broken connection left is continued. A file put there by hand is as good, if its checksum is right.
+    """
+    path = os.path.join(folder, file)
+    if os.path.isfile(path):
+        if hash_of(path) != sha256:
+            fail(f"{path} is not the file it should be (its sha256 is not {sha256[:16]}...): remove it first")
+        return path
+    make_folder(folder)
+    for url in urls:
+        try:
+            fetch(url, path + '.part')
+        except (OSError, HTTPException) as e:       # no network, no such file, a connection that broke
+            reason = f"{type(e).__name__}: {e}"
+            continue
+        if hash_of(path + '.part') == sha256:
+            os.replace(path + '.part', path)
+            return path
+        os.remove(path + '.part')
+        reason = f"what {url} sends has another sha256 than {sha256[:16]}..."
+    fail(f"cannot download {file} ({reason}): get it from {urls[0]} and put it at {path}")
+
+
+def fetch(url, path):
+    """Append to a file what it lacks of a url."""
+    have = os.path.getsize(path) if os.path.exists(path) else 0
+    request = Request(url, headers={'Range': f'bytes={have}-'} if have else {})
+    with urlopen(request, timeout=30) as response, open(path, 'ab') as f:
+        if response.status != 206:                  # not the rest but the whole
+            have = f.truncate(0)
+        size = have + int(response.headers.get('Content-Length') or 0)
+        progress = Progress(f'downloading {os.path.basename(path)}')
+        while block := response.read(1 << 20):
+            f.write(block)
+            progress.show(f.tell() / max(size, f.tell()), f"{f.tell():,} bytes")
+        if f.tell() < size:
+            raise OSError(f"the connection ended after {f.tell():,} of {size:,} bytes")
+
+
+def hash_of(path):
+    """The sha256 of a file, in hex digits."""
+    sha256 = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def side(text, val_fraction):
@@ -961,6 +1029,10 @@ if __name__ == '__main__':
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(BUILT_IN)}"
         fail(f"--dataset={dataset} is not built in ({hint}): name its source with --input=FILE")
+    # chapter I-5 holds out a tenth of its short text, which is two rows
+    val_fraction = val_fraction or (0.1 if name == 'verdict' else 0.05)
+    if name in DOWNLOADS and not input:
+        input = download(**DOWNLOADS[name])
     if input and not os.path.exists(input):
         fail(f"no such file: {input}")
     if input and not os.path.isdir(input) and not os.path.getsize(input):

@@ -19,7 +19,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -28,13 +28,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import (HERE, MetricsLog, StopSignal, clock, configure, fail, learning_rate_at, make_folder,
                           restore_rng, save_checkpoint, start_run)
+from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import data_folder, load_tokenizer, prepare_missing, read_meta, read_split
 from sample import generate, load_run, stop_ids
 
 # the run
 out_dir = 'out/pretrain'        # where checkpoint, tokenizer, metrics and picture go
-init_from = 'scratch'           # 'scratch', 'resume' (go on in out_dir), or the folder of a run to start from
+init_from = 'scratch'           # 'scratch', 'resume' (go on in out_dir), a run's or Hugging Face folder, 'gpt2'
 max_iters = 1000                # optimizer steps
 eval_interval = 250             # save, measure the held-out loss and print a sample every so many steps
 eval_iters = 200                # batches of held-out text to measure on, at most
@@ -43,17 +44,22 @@ start = 'def is_'               # prompt of that sample
 seed = 1337                     # of the weights, the order of the data, dropout
 wandb_log = False               # log to Weights & Biases too
 # the data
-dataset = 'pydoc'               # name in data/, or a path; pydoc is prepared when missing
+dataset = 'pydoc'               # name in data/, or a path; a built-in one is prepared when missing
 tokenizer = ''                  # what the data must be tokenised with: a folder or 'gpt2'; '' takes its own
 batch_size = 16                 # rows in a micro-batch
 gradient_accumulation_steps = 1 # micro-batches in a step, over all ranks together
 block_size = 256                # tokens in a row: the context
-# the model
+stride = 0                      # tokens from one row to the next (chapter I-1); 0 tiles the text anew each epoch
+# the model, when from scratch: any other keeps its own shape
+model = 'minimind'              # 'minimind' or 'gpt2'
 n_layer = 6                     # blocks
 n_head = 4                      # query heads
-n_kv_head = 2                   # key and value heads; n_head is multi-head, 1 is multi-query
+n_kv_head = 2                   # minimind: key and value heads; n_head is multi-head, 1 is multi-query
 n_embd = 256                    # width
-qk_norm = True                  # RMSNorm on queries and keys
+qk_norm = True                  # minimind: RMSNorm on queries and keys
+qkv_bias = True                 # gpt2: biases on queries, keys and values
+positions = 'learned'           # gpt2: 'learned' or 'sinusoidal'
+tie_word_embeddings = True      # the output head shares the embedding's weights
 dropout = 0.0                   # share of activations dropped while training
 use_moe = False                 # feed-forwards become mixtures of experts (chapter II-6)
 num_experts = 4                 # routed experts in a layer
@@ -75,23 +81,31 @@ device = 'auto'                 # 'auto' takes cuda, then mps, then cpu
 dtype = 'auto'                  # 'float32', 'bfloat16' or 'float16'; 'auto' is bfloat16 where that is fast
 compile = False                 # torch.compile: slow to start, faster on a GPU
 
+SHAPE = ('model', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'qk_norm', 'qkv_bias', 'positions',
+         'tie_word_embeddings', 'use_moe', 'num_experts', 'num_experts_per_tok', 'n_shared_experts',
+         'moe_intermediate_size')
+
 
 # ---- batches ----
 
 @functools.lru_cache(maxsize=2)
-def window_starts(n_tokens, block_size, seed, epoch):
+def window_starts(n_tokens, block_size, seed, epoch, stride=0):
     """Where each row of an epoch starts: windows that tile the text, shuffled, and shifted anew each epoch.
-    It is a function of its arguments alone, so there is no sampler state to lose. 8 bytes a window."""
+    It is a function of its arguments alone, so there is no sampler state to lose. 8 bytes a window.
+
+    With a stride they are chapter I-1's: one every `stride` tokens, the same in each epoch, shuffled."""
     windows = max(1, (n_tokens - 1) // block_size - 1)
     rng = np.random.default_rng([seed, epoch])
+    if stride:
+        return rng.permutation(np.arange(0, max(1, n_tokens - block_size), stride))
     shift = rng.integers(max(1, n_tokens - windows * block_size))
     return shift + block_size * rng.permutation(windows)
 
 
-def step_starts(n_tokens, block_size, seed, step, rows):
+def step_starts(n_tokens, block_size, seed, step, rows, stride=0):
     """Where the rows of a step start: rows [step * rows, (step + 1) * rows) of an endless run of epochs."""
-    windows = len(window_starts(n_tokens, block_size, seed, 0))
-    return [window_starts(n_tokens, block_size, seed, i // windows)[i % windows]
+    windows = len(window_starts(n_tokens, block_size, seed, 0, stride))
+    return [window_starts(n_tokens, block_size, seed, i // windows, stride)[i % windows]
             for i in range(step * rows, (step + 1) * rows)]
 
 
@@ -138,10 +152,11 @@ def held_out_loss(model, run, split, block_size, batch_size, eval_iters):
 def sample_text(model, tokenizer, start, device, max_new_tokens=60):
     """A short text at temperature 0.7, the same random numbers each time, so that samples compare."""
     model.eval()
-    ids = [tokenizer.eot, *tokenizer.encode(start)][-model.config.max_position_embeddings // 2:]
+    ids = [tokenizer.eot, *tokenizer.encode(start)][-model.config.context // 2:]
     generator = torch.Generator(device).manual_seed(0)
     new = [token.item() for token in generate(model, torch.tensor([ids], device=device), max_new_tokens,
-                                              stop_ids(tokenizer), generator, temperature=0.7, top_p=0.95)]
+                                              stop_ids(tokenizer), generator, vocab_size=tokenizer.vocab_size,
+                                              temperature=0.7, top_p=0.95)]
     model.train()
     return start + tokenizer.decode(new[:-1] if new[-1] in stop_ids(tokenizer) else new)
 
@@ -180,11 +195,40 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x.mT if tall else x, alpha=-group['lr'] * size)
 
 
+def new_model(config, vocab_size):
+    """The model of the settings, with random weights."""
+    try:
+        if config['model'] == 'gpt2':
+            return GPT2(GPT2Config(
+                vocab_size=vocab_size, n_positions=config['block_size'], n_embd=config['n_embd'],
+                n_layer=config['n_layer'], n_head=config['n_head'], dropout=config['dropout'],
+                qkv_bias=config['qkv_bias'], positions=config['positions'],
+                tie_word_embeddings=config['tie_word_embeddings']))
+        return MiniMind(MiniMindConfig(
+            vocab_size=vocab_size, max_position_embeddings=config['block_size'], hidden_size=config['n_embd'],
+            num_hidden_layers=config['n_layer'], num_attention_heads=config['n_head'],
+            num_key_value_heads=config['n_kv_head'], qk_norm=config['qk_norm'], dropout=config['dropout'],
+            tie_word_embeddings=config['tie_word_embeddings'],
+            **{key: config[key] for key in ('use_moe', 'num_experts', 'num_experts_per_tok',
+                                            'n_shared_experts', 'norm_topk_prob', 'router_aux_loss_coef',
+                                            'seq_aux')},
+            moe_intermediate_size=config['moe_intermediate_size'] or expert_width(config)))
+    except ValueError as e:
+        fail(f"{e}; see --n_embd, --n_head, --n_kv_head and, of experts, --num_experts_per_tok")
+
+
+def expert_width(config):
+    """The dense feed-forward's width, shared out over the experts that a token visits."""
+    visits = config['num_experts_per_tok'] + config['n_shared_experts']
+    return 8 * math.ceil(64 * math.ceil(config['n_embd'] * 8 / 3 / 64) / visits / 8)
+
+
 def make_optimizers(model, optimizer, learning_rate, weight_decay):
     """Muon is made for the matrices inside the blocks; embedding, head and norms take AdamW, the norms
     without weight decay."""
     named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.dim() >= 2 and '.layers.' in name and optimizer == 'muon']
+    matrices = [p for name, p in named
+                if p.dim() >= 2 and ('.layers.' in name or '.h.' in name) and optimizer == 'muon']
     rest = [p for _, p in named if all(p is not m for m in matrices)]
     adamw = torch.optim.AdamW([dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
                                dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)],
@@ -211,7 +255,8 @@ def draw_experts(log, out_dir):
 
 
 if __name__ == '__main__':
-    config = configure(globals(), optimizer=('muon', 'adamw'))
+    config = configure(globals(), optimizer=('muon', 'adamw'), model=('minimind', 'gpt2'), stride=0,
+                       positions=('learned', 'sinusoidal'))
     stop = StopSignal()
     run = start_run(device, dtype, seed)
     master = run.rank == 0
@@ -229,30 +274,22 @@ if __name__ == '__main__':
         fail(f"batch_size x gradient_accumulation_steps = {rows} rows are fewer than {run.world_size} ranks")
 
     # model
-    try:
-        model_config = MiniMindConfig(
-            vocab_size=words.vocab_size, hidden_size=n_embd, num_hidden_layers=n_layer,
-            num_attention_heads=n_head, num_key_value_heads=n_kv_head, qk_norm=qk_norm,
-            max_position_embeddings=block_size, dropout=dropout, use_moe=use_moe, num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok, n_shared_experts=n_shared_experts,
-            moe_intermediate_size=moe_intermediate_size, norm_topk_prob=norm_topk_prob,
-            router_aux_loss_coef=router_aux_loss_coef, seq_aux=seq_aux)
-        if use_moe and not moe_intermediate_size:           # the dense width, over the experts a token visits
-            visits = num_experts_per_tok + n_shared_experts
-            model_config.moe_intermediate_size = 8 * math.ceil(model_config.intermediate_size / visits / 8)
-    except ValueError as e:
-        fail(f"{e}; see --n_embd, --n_head, --n_kv_head and, of experts, --num_experts_per_tok")
-    model = MiniMind(model_config)
     checkpoint, first_step = None, 0
-    if init_from != 'scratch':
-        other, other_words, checkpoint = load_run(out_dir if init_from == 'resume' else init_from)
-        differ = [k for k, v in asdict(other.config).items() if v != getattr(model_config, k)]
-        if other_words.fingerprint != words.fingerprint:
+    if init_from == 'scratch':
+        model = new_model(config, words.vocab_size)
+    else:
+        model, its_words, checkpoint = load_run(out_dir if init_from == 'resume' else init_from)
+        if its_words.fingerprint != words.fingerprint:
             fail(f"{init_from}: its tokenizer is not the one that made {data_folder(dataset)}")
-        if differ:
-            fail(f"{init_from}: its model has another {differ[0]} ({getattr(other.config, differ[0])}, not "
-                 f"{getattr(model_config, differ[0])}); a model keeps its shape")
-        model.load_state_dict(other.state_dict())
+        for key in SHAPE if init_from == 'resume' else ():
+            was = checkpoint['settings'].get(key, config[key])
+            if config[key] != was:
+                fail(f"--{key}={config[key]}: {out_dir} has {key}={was}; a model keeps its shape")
+        if block_size > model.config.context:
+            fail(f"--block_size={block_size} is more than the context of {init_from}, {model.config.context}")
+        weights = model.state_dict()
+        model = type(model)(replace(model.config, dropout=dropout))
+        model.load_state_dict(weights)
     model.to(run.device)
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
@@ -286,7 +323,8 @@ if __name__ == '__main__':
     wrapped.train()
     for step in range(first_step, max_iters + 1):
         clock_start = time.time()
-        starts = step_starts(len(train.tokens), block_size, seed, step, rows)[run.rank::run.world_size]
+        starts = step_starts(len(train.tokens), block_size, seed, step, rows, stride)
+        starts = starts[run.rank::run.world_size]
         batches = [batch_at(train, starts[i:i + batch_size], block_size)
                    for i in range(0, len(starts), batch_size)]
         # all ranks agree on the number of targets, and on whether to stop
@@ -295,7 +333,8 @@ if __name__ == '__main__':
         due = step % eval_interval == 0 or step == max_iters
         if step > first_step and (due or stopping):
             save_checkpoint(run, out_dir, step=step, settings=config, tokenizer=words.fingerprint,
-                            model_type='minimind', model_config=asdict(model_config),
+                            model_type='gpt2' if isinstance(model, GPT2) else 'minimind',
+                            model_config=asdict(model.config),
                             model=model.state_dict(), scaler=scaler.state_dict(),
                             optimizers=[o.state_dict() for o in optimizers])
         if stopping:

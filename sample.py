@@ -2,40 +2,71 @@
 Generate text from a trained model (tutorial chapter I-6).
 
     python sample.py --start="def is_"                      # from out/pretrain
-    python sample.py --out_dir=out/pretrain --start=FILE:prompt.txt --temperature=0
-    echo "class Queue" | python sample.py --start=- --num_samples=3 --seed=7
+    python sample.py --init_from=gpt2 --start="Every effort moves you" --temperature=0
+    python sample.py --out_dir=out/verdict --start=FILE:prompts.txt --lines --stop="##|Mrs"
+    echo "class Queue" | python sample.py --start=- --num_samples=3 --seed=7 --show_probs
 
 A model gives each token a number, its logit; softmax turns them into the distribution of the next token.
-Decoding picks from it: the likeliest token each time (greedy, temperature=0), or one at random, after
-    temperature   divides the logits: below 1 sharper, above 1 flatter
-    top_k         only the k likeliest tokens remain
-    top_p         only the likeliest tokens that together reach probability p remain (Holtzman et al. 2020)
+Decoding picks from it: the likeliest token each time (greedy, temperature=0), or one drawn at random, after
+    repetition_penalty  makes what the text has already less likely (Keskar et al. 2019, section 4.1)
+    temperature         divides the logits: below 1 sharper, above 1 flatter
+    top_k               only the k likeliest tokens remain
+    top_p               only the likeliest that together reach probability p remain (Holtzman et al. 2020)
+    min_p               only tokens min_p times as likely as the likeliest remain (Nguyen et al. 2024)
 """
+import json
+import os
 import sys
+import time
 
 import torch
 
 from configurator import configure, fail, load_checkpoint, start_run
+from model_gpt2 import GPT2, OFFICIAL, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import load_tokenizer
 
+# the model
 out_dir = 'out/pretrain'    # folder of the run whose model speaks
+init_from = ''              # instead of out_dir: a Hugging Face folder, or 'gpt2', 'gpt2-medium', ...
+# the text
 start = 'def '              # prompt, or FILE:path, or '-' for standard input
-num_samples = 1             # how many texts
+lines = False               # take each line of start as a prompt of its own, all in one batch
+num_samples = 1             # how many texts for each prompt
 max_new_tokens = 200        # longest continuation, in tokens
+stop = ''                   # a text at which a sample ends, or several with | between
+on_full = 'stop'            # when the context is full: 'stop', or 'slide' and forget the older half
+# the choice
 temperature = 0.7           # 0 is greedy: always the likeliest token
 top_k = 0                   # keep only the k likeliest tokens; 0 keeps all
 top_p = 0.95                # keep only the likeliest tokens up to this total probability; 1 keeps all
+min_p = 0.0                 # keep only tokens this many times as likely as the likeliest; 0 keeps all
+repetition_penalty = 1.0    # above 1, tokens that the text holds become less likely; 1 is none
 seed = 1337                 # same seed, same text
+# what to see of it
+show_probs = False          # print the candidates for each token, and which filter removed them
+plot = False                # draw the first token's distribution at several temperatures: next_token.png
+use_cache = True            # False reads the whole text anew for each token, to see what the KV cache saves
+# the machine
 device = 'auto'             # 'auto' takes cuda, then mps, then cpu
 dtype = 'auto'              # 'float32', 'bfloat16' or 'float16'; 'auto' is bfloat16 where that is fast
 
+GREEDY = 1e-5               # a temperature below is 0: float32 could not tell them apart
 
-def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Pick the next token of each row: logits (B, V) -> tokens (B,)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+
+# ---- from logits to a token ----
+
+def penalize(logits, seen, repetition_penalty):
+    """Divide the logits (B, V) of tokens in seen (B, S) by the penalty; multiply those below 0."""
+    old = logits.gather(1, seen)                                            # (B, S)
+    new = torch.where(old > 0, old / repetition_penalty, old * repetition_penalty)
+    return logits.scatter(1, seen, new)
+
+
+def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The probabilities to draw from, (B, V) -> (B, V): temperature, then the filters in turn."""
+    # less the largest, so that a small temperature makes no infinities
+    logits = (logits - logits.amax(dim=-1, keepdim=True)).float() / temperature
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k).values[:, -1:]                             # (B, 1), the smallest that stays
         logits = logits.masked_fill(logits < kth, float('-inf'))
@@ -45,41 +76,171 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         drop = p.cumsum(dim=-1) - p >= top_p                                # what stands before reaches top_p
         drop[:, 0] = False                                                  # the likeliest always stays
         logits = logits.masked_fill(drop.scatter(1, index, drop), float('-inf'))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+    p = logits.softmax(dim=-1)
+    if min_p > 0:
+        p = p.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), 0.0)
+        p = p / p.sum(dim=-1, keepdim=True)
+    return p
+
+
+def choose(logits, seen=None, temperature=1.0, generator=None, repetition_penalty=1.0, **filters):
+    """Pick the next token of each row: logits (B, V) -> tokens (B,). The penalty is for seen (B, S)."""
+    if repetition_penalty != 1 and seen is not None:
+        logits = penalize(logits, seen, repetition_penalty)
+    if temperature < GREEDY:
+        return logits.argmax(dim=-1)
+    return torch.multinomial(distribution(logits, temperature, **filters), 1, generator=generator).squeeze(1)
+
+
+def candidates(logits, seen, n=10, temperature=1.0, repetition_penalty=1.0, **filters):
+    """The n likeliest next tokens of the first row: a list of (id, probability, that after the filters,
+    name of the filter that removed it or ''). Of temperature 0, which has no distribution, that of 1."""
+    logits = penalize(logits, seen, repetition_penalty)[:1]
+    temperature = temperature if temperature >= GREEDY else 1.0
+    removed_by, used = {}, {}
+    after = before = distribution(logits, temperature)[0]
+    for name, value in filters.items():
+        used[name] = value
+        after = distribution(logits, temperature, **used)[0]
+        for i in (after == 0).nonzero()[:, 0].tolist():
+            removed_by.setdefault(i, name)
+    return [(i, before[i].item(), after[i].item(), removed_by.get(i, ''))
+            for i in before.topk(min(n, before.numel())).indices.tolist()]
+
+
+# ---- from prompts to texts ----
+
+def left_pad(prompts, device='cpu'):
+    """Id lists of any lengths -> tokens (B, T), and how much of each row's left is padding (B,)."""
+    T = max(map(len, prompts))
+    padding = [T - len(ids) for ids in prompts]
+    rows = [ids[:1] * pad + ids for ids, pad in zip(prompts, padding)]
+    return torch.tensor(rows, device=device), torch.tensor(padding, device=device)
 
 
 @torch.no_grad()
-def generate(model, tokens, max_new_tokens, stop=(), generator=None, **how):
-    """Continue a batch of prompts of equal length; yield the next token of every row, (B,), as it comes.
+def generate(model, tokens, max_new_tokens, stop=(), generator=None, padding=None, on_full='stop',
+             vocab_size=None, use_cache=True, watch=None, **how):
+    """Continue a batch of prompts; yield the next token of every row, (B,), as it comes.
 
-    tokens  (B, T) int64, at least one token; T must fit the model's context
-    stop    ids at which a row ends; an ended row repeats its last token until all rows have ended
-    how     temperature, top_k, top_p, as for `choose`
-    Ends early when every row has met a stop id, or when the context is full.
+    tokens      (B, T) int64, at least one token
+    stop        ids at which a row ends; an ended row repeats its last token until all rows have ended
+    padding     (B,), for prompts of different length: how much of each row's left is padding, see left_pad
+    on_full     when the rows fill the model's context: 'stop', or 'slide': go on with the later half of it
+    vocab_size  only smaller ids are chosen: the tokenizer's size, where the model's is rounded up
+    watch       called as watch(logits, seen, new) for each token; seen (B, S) is what the model has read
+    how         temperature, top_k, ...: see `choose`
     """
     B, T = tokens.shape
-    cache = model.make_cache(B, min(T + max_new_tokens, model.config.max_position_embeddings))
+    context = model.config.context
     ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
     stop = torch.tensor(sorted(stop), dtype=torch.long, device=tokens.device)
+    padding = torch.zeros(B, dtype=torch.long, device=tokens.device) if padding is None else padding
+    # what a row is padded with is no part of its text, but its last token is
+    seen = torch.where(torch.arange(T, device=tokens.device) < padding[:, None], tokens[:, -1:], tokens)
+    cache = None
     for _ in range(max_new_tokens):
-        logits, _ = model(tokens, cache=cache)                          # first the prompt, then the new token
-        new = torch.where(ended, tokens[:, -1], choose(logits[:, -1], generator=generator, **how))
+        if seen.size(1) > context:
+            if on_full == 'stop':
+                return
+            half = max(1, context // 2)
+            padding = (padding - (seen.size(1) - half)).clamp(min=0)
+            seen, cache = seen[:, -half:], None         # positions start again, so all is read again
+        if cache is None or not use_cache:
+            cache = model.make_cache(B, min(seen.size(1) + max_new_tokens, context))
+            cache.padding = padding
+            tokens = seen
+        logits = model(tokens, cache=cache)[0][:, -1, :vocab_size]         # first the prompt, then one token
+        new = torch.where(ended, tokens[:, -1], choose(logits, seen, generator=generator, **how))
+        if watch:
+            watch(logits, seen, new)
         yield new
-        ended = ended | torch.isin(new, stop)
-        if ended.all() or cache.length == cache.max_tokens:
-            return
+        if stop.numel():                                # asking whether all have ended makes a GPU wait
+            ended = ended | torch.isin(new, stop)
+            if ended.all():
+                return
         tokens = new[:, None]                                               # (B,) -> (B, 1)
+        seen = torch.cat([seen, tokens], dim=1)                             # (B, S) -> (B, S + 1)
 
 
-def load_run(folder, device='cpu'):
-    """The model of a run's folder, in evaluation mode, its tokenizer, and its checkpoint."""
-    checkpoint = load_checkpoint(folder)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.fingerprint != checkpoint['tokenizer']:
-        fail(f"{folder} holds another tokenizer than its model was trained with")
-    model = MiniMind(MiniMindConfig(**checkpoint['model_config']))
-    model.load_state_dict(checkpoint['model'])
+class Stream:
+    """The text of one row while its tokens come: whole characters only, and nothing from a stop text on.
+
+    A character may take several tokens; until its last byte is there, it decodes as U+FFFD. What could be the
+    beginning of a stop text is held back until it is certain.
+    """
+
+    def __init__(self, tokenizer, prompt, stop=()):
+        """prompt: the ids before the first new token. stop: the texts at which this one ends."""
+        self.tokenizer, self.prompt, self.stop = tokenizer, list(prompt), [s for s in stop if s]
+        self.new, self.text, self.shown, self.ended = [], '', 0, False
+
+    def add(self, token):
+        """Take the next token, and return the text it makes certain."""
+        if self.ended:
+            return ''
+        if token in stop_ids(self.tokenizer):
+            return self.finish()
+        self.new.append(token)
+        before = len(self.tokenizer.decode(self.prompt))
+        self.text = self.tokenizer.decode(self.prompt + self.new)[before:]
+        found = [self.text.find(s) for s in self.stop if s in self.text]
+        if found:
+            self.text = self.text[:min(found)]
+            return self.finish()
+        if self.text.endswith('\ufffd'):
+            return ''
+        held = max((n for s in self.stop for n in range(len(s)) if self.text.endswith(s[:n])), default=0)
+        return self.show(len(self.text) - held)
+
+    def show(self, end):
+        piece = self.text[self.shown:end]
+        self.shown = max(end, self.shown)
+        return piece
+
+    def finish(self):
+        """End the row, and return the rest of its text."""
+        self.ended = True
+        return self.show(len(self.text))
+
+
+# ---- the model and the prompt ----
+
+def load_run(source, device='cpu'):
+    """The model of a run's folder, a Hugging Face folder or an official name ('gpt2', ...), in evaluation
+    mode; its tokenizer; and the run's checkpoint, None where there is none."""
+    checkpoint = None
+    try:
+        if source in OFFICIAL:
+            model, tokenizer = GPT2.from_pretrained(source), load_tokenizer('gpt2')
+        elif is_hugging_face(source):
+            with open(os.path.join(source, 'config.json'), encoding='utf-8') as f:
+                kind = json.load(f).get('model_type')
+            kinds = dict(gpt2=GPT2, minimind=MiniMind, llama=MiniMind, qwen3=MiniMind, qwen3_moe=MiniMind)
+            if kind not in kinds:
+                fail(f"{source}: a model of type {kind!r}; these can be read: {', '.join(kinds)}")
+            model, tokenizer = kinds[kind].from_pretrained(source), load_tokenizer(source)
+        else:
+            checkpoint = load_checkpoint(source)
+            tokenizer = load_tokenizer(source)
+            if tokenizer.fingerprint != checkpoint['tokenizer']:
+                fail(f"{source} holds another tokenizer than its model was trained with")
+            if checkpoint['model_type'] == 'gpt2':
+                model = GPT2(GPT2Config(**checkpoint['model_config']))
+            else:
+                model = MiniMind(MiniMindConfig(**checkpoint['model_config']))
+            model.load_state_dict(checkpoint['model'])
+    except (OSError, ValueError, ImportError) as e:     # what from_pretrained raises
+        fail(str(e))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        fail(f"{source}: its tokenizer has {tokenizer.vocab_size} ids, its model {model.config.vocab_size}")
     return model.to(device).eval(), tokenizer, checkpoint
+
+
+def is_hugging_face(folder):
+    """Whether a folder is in Hugging Face's layout, and no run's."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return 'config.json' in names and 'ckpt.pt' not in names
 
 
 def read_prompt(start):
@@ -105,32 +266,86 @@ def stop_ids(tokenizer):
     return {tokenizer.eot, tokenizer.im_end} - {None}
 
 
+# ---- pictures ----
+
+def print_candidates(tokenizer, logits, seen, new, **how):
+    print(f"{'token':>24}  {'softmax':>8}  {'filtered':>8}")
+    for i, before, after, removed_by in candidates(logits, seen, **how):
+        note = f"removed by {removed_by}" if removed_by else '<- chosen' if i == new[0] else ''
+        print(f"{tokenizer.decode([i])!r:>24}  {before:8.4f}  {after:8.4f}  {note}")
+
+
+def plot_distribution(path, logits, tokenizer, temperatures=(1, 0.1, 5), n=9):
+    """Draw the n likeliest next tokens of logits (1, V) with their probability at each temperature."""
+    try:
+        import matplotlib
+    except ImportError:
+        fail("--plot needs a package: pip install matplotlib")
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    top = logits[0].topk(min(n, logits.size(-1))).indices
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for i, t in enumerate(temperatures):
+        bars = torch.arange(len(top)) + 0.25 * (i - 1)
+        axes.bar(bars, distribution(logits, t)[0, top].cpu(), width=0.25, label=f"temperature {t}")
+    axes.set_xticks(range(len(top)), [repr(tokenizer.decode([j])) for j in top.tolist()], rotation=60)
+    axes.set_ylabel('probability')
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches='tight')
+    plt.close(figure)
+
+
 if __name__ == '__main__':
-    configure(globals(), num_samples=1, max_new_tokens=1, temperature=0, top_k=0, top_p=[0, 1])
+    configure(globals(), num_samples=1, max_new_tokens=1, temperature=0, top_k=0, top_p=[0, 1], min_p=[0, 1],
+              repetition_penalty=[0.1, 10], on_full=('stop', 'slide'))
     run = start_run(device, dtype, seed)
-    model, tokenizer, checkpoint = load_run(out_dir, run.device)
+    source = init_from or out_dir
+    model, tokenizer, _ = load_run(source, run.device)
     model.to(run.dtype)
+    context = model.config.context
+    text = read_prompt(start)
+    texts = [line for line in text.splitlines() if line.strip()] if lines else [text]
+    if not texts:
+        fail("--lines: the prompt has no line with text in it")
+    if show_probs and len(texts) > 1:
+        fail("--show_probs looks at one prompt; leave out --lines")
     # a prompt opens a document, so the token that ends the one before stands first, as it did in training
-    ids = [tokenizer.eot, *tokenizer.encode(read_prompt(start))]
-    context = model.config.max_position_embeddings
-    if len(ids) > context:
-        fail(f"the prompt has {len(ids):,} tokens, but the context of {out_dir} is {context:,}: shorten it")
+    prompts = [[tokenizer.eot, *tokenizer.encode(t)] for t in texts]
+    longest = max(map(len, prompts))
+    if longest > context and on_full == 'stop':
+        fail(f"the prompt has {longest:,} tokens, but the context of {source} is {context:,}: shorten it, or "
+             f"let --on_full=slide cut it")
+    tokens, padding = left_pad(prompts, run.device)
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+               repetition_penalty=repetition_penalty)
+    if plot:
+        with torch.no_grad():
+            logits = model(tokens[:1, padding[0]:][:, -context:])[0][:, -1, :tokenizer.vocab_size]
+        plot_distribution('next_token.png', logits, tokenizer)
+        print("drew next_token.png", file=sys.stderr)
+
+    watch = (lambda *step: print_candidates(tokenizer, *step, **how)) if show_probs else None
+    live = len(prompts) == 1 and not show_probs         # one text can be shown while it grows
     generator = torch.Generator(run.device).manual_seed(seed)
     for i in range(num_samples):
-        print('-' * 40 + '\n' if i else '', end='')
-        new, shown = [], tokenizer.decode(ids[1:])
-        print(shown, end='', flush=True)
-        for token in generate(model, torch.tensor([ids], device=run.device), max_new_tokens,
-                              stop_ids(tokenizer), generator, temperature=temperature, top_k=top_k,
-                              top_p=top_p):
-            if token.item() in stop_ids(tokenizer):
+        began, streams = time.time(), [Stream(tokenizer, ids[1:], stop.split('|')) for ids in prompts]
+        if live:
+            print('-' * 40 + '\n' if i else '', texts[0], sep='', end='', flush=True)
+        steps = 0
+        for new in generate(model, tokens, max_new_tokens, (), generator, padding, on_full,
+                            tokenizer.vocab_size, use_cache, watch, **how):
+            steps += 1
+            for stream, token in zip(streams, new.tolist()):
+                piece = stream.add(token)
+                if live:
+                    print(piece, end='', flush=True)
+            if all(stream.ended for stream in streams):
                 break
-            new.append(token.item())
-            text = tokenizer.decode(ids[1:] + new)
-            # a character may take several tokens: until its last byte is there, it decodes as U+FFFD
-            if not text.endswith('\ufffd'):
-                print(text[len(shown):], end='', flush=True)
-                shown = text
-        print(tokenizer.decode(ids[1:] + new)[len(shown):])
-        if len(ids) + len(new) > context:
-            print(f"(stopped: the context of {context:,} tokens is full)", file=sys.stderr)
+        full = steps < max_new_tokens and not all(stream.ended for stream in streams)
+        for j, (stream, prompt) in enumerate(zip(streams, texts)):
+            rest = stream.finish()
+            print(rest if live else ('-' * 40 + '\n' if i or j else '') + prompt + stream.text)
+        seconds = time.time() - began
+        count = sum(len(stream.new) for stream in streams)
+        note = f"; stopped: the context of {context:,} tokens is full" if full else ""
+        print(f"({count:,} tokens in {seconds:.1f} s: {count / seconds:.1f} a second{note})", file=sys.stderr)
