@@ -225,7 +225,7 @@ if __name__ == '__main__':
     model, words, _ = load_run(source, run.device)
     reference_fingerprint = fingerprint(model.state_dict())
     if checkpoint and checkpoint['reference_fingerprint'] != reference_fingerprint:
-        fail(f"{source} is not the reference any more that {out_dir} was trained against: its weights changed")
+        fail(f"{source} is no more the reference that {out_dir} was trained against: its weights changed")
     context = model.config.max_position_embeddings
     if block_size > context:
         fail(f"--block_size={block_size} exceeds the context of {source}, {context}")

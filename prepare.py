@@ -790,17 +790,17 @@ def pydoc_dpo(val_fraction):
     """Pairs about what pydoc_sft asks of functions: what is this one for? Chosen is its own summary, rejected
     another function's of about the same length, each used once as either. So neither length nor style tells
     them apart: only the question does."""
-    functions = dict(train={}, val={})
+    functions = {}
     for title, doc, progress in docstrings():
         summary = ' '.join(doc.split('\n\n')[0].split())
         if title.startswith('def ') and 10 < len(summary) <= 300:
-            functions[side(doc, val_fraction)].setdefault(summary, (title, progress))
-    for split, summaries in functions.items():
-        ordered = sorted(summaries, key=lambda summary: (len(summary), summary))
-        rejected = dict(zip(ordered, ordered[1:] + ordered[:1]))
-        for summary, (title, progress) in summaries.items():
-            messages = pydoc_question('purpose', title), dict(role='assistant', content=summary)
-            yield conversation(split, messages, progress)._replace(rejected=rejected[summary])
+            functions.setdefault(summary, (side(doc, val_fraction), title, progress))
+    for split in ('train', 'val'):
+        ordered = sorted((s for s in functions if functions[s][0] == split), key=lambda s: (len(s), s))
+        for chosen, rejected in zip(ordered, ordered[1:] + ordered[:1]):
+            _, title, progress = functions[chosen]
+            messages = pydoc_question('purpose', title), dict(role='assistant', content=chosen)
+            yield conversation(split, messages, progress)._replace(rejected=rejected)
 
 
 # Arithmetic word problems: the question; its steps, "what it is: x op y", where r1 is the first one's result;
