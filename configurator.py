@@ -317,8 +317,8 @@ class MetricsLog:
         if self.wandb:
             self.wandb.log(numbers, step=numbers['step'])
 
-    def draw(self):
-        """Draw each loss over the steps into loss.png, where matplotlib is installed."""
+    def draw(self, what='loss', unit='nats per token'):
+        """Draw all that is called a loss over the steps into loss.png, where matplotlib is installed."""
         try:
             import matplotlib
         except ImportError:
@@ -326,12 +326,12 @@ class MetricsLog:
         matplotlib.use('Agg')
         from matplotlib import pyplot as plt
         figure, axes = plt.subplots(figsize=(7, 4))
-        for name in sorted({key for line in self.lines for key in line if key.endswith('loss')}):
+        for name in sorted({key for line in self.lines for key in line if key.endswith(what)}):
             points = [(line['step'], line[name]) for line in self.lines if name in line]
             axes.plot(*zip(*points), label=name)
-        axes.set(xlabel='step', ylabel='nats per token')
+        axes.set(xlabel='step', ylabel=unit)
         axes.legend()
-        figure.savefig(os.path.join(os.path.dirname(self.path), 'loss.png'), dpi=120, bbox_inches='tight')
+        figure.savefig(os.path.join(os.path.dirname(self.path), f'{what}.png'), dpi=120, bbox_inches='tight')
         plt.close(figure)
 
 

@@ -134,7 +134,7 @@ FILES = {'empty.txt': b'', 'latin.txt': 'one\ntwo\ncaf\u00e9\n'.encode('latin-1'
     ('nowhere.txt', ['no such file: nowhere.txt']),
     ('empty.txt', ['empty.txt is empty']),
     ('latin.txt', ['latin.txt:3: not UTF-8', '0xe9']),
-    ('a.pdf', ['only .txt and .jsonl']),
+    ('a.pdf', ['text is read from .txt, .jsonl and .json']),
     ('broken.jsonl', ['broken.jsonl:2: not JSON', '--on_error=skip']),
     ('field.jsonl', ['field.jsonl:1: no field "text" among txt']),
     ('type.jsonl', ['type.jsonl:1: "text" is not a text but 3']),
@@ -142,7 +142,7 @@ FILES = {'empty.txt': b'', 'latin.txt': 'one\ntwo\ncaf\u00e9\n'.encode('latin-1'
     ('list.jsonl', ['list.jsonl:1: no field "text"']),
     ('latin.jsonl', ['latin.jsonl:2: not UTF-8', '0xe9']),
     ('half.jsonl', ['half.jsonl:1:', 'surrogate']),
-    ('.', ['holds no .txt or .jsonl file']),
+    ('.', ['holds no .txt, .jsonl or .json file']),
 ])
 def test_malformed_input_is_one_line(tmp_path, monkeypatch, capsys, source, words):
     monkeypatch.chdir(tmp_path)
@@ -164,7 +164,7 @@ def test_malformed_lines_can_be_skipped_and_are_counted(script, tmp_path, tokeni
                '--val_fraction=0.3']
     script('prepare.py', *options, code=2)
     assert not (tmp_path / 'mixed').exists()
-    assert 'skipped 2 malformed lines' in script('prepare.py', *options, '--on_error=skip').stderr
+    assert 'skipped 2 malformed records' in script('prepare.py', *options, '--on_error=skip').stderr
     assert len(texts_of(tmp_path / 'mixed', 'train') + texts_of(tmp_path / 'mixed', 'val')) == 60
 
 
