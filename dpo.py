@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import (MetricsLog, StopSignal, clock, configure, fail, fingerprint, learning_rate_at,
                           load_checkpoint, make_folder, restore_rng, save_checkpoint, start_run)
+from model_gpt2 import GPT2
 from prepare import Progress, data_folder, prepare_missing, read_meta, read_split
 from sample import load_run
 
@@ -118,10 +119,8 @@ def check_pairs(split, name, block_size):
 
 
 def to_device(batch, device):
-    if device.type == 'cuda':
-        return [t.pin_memory().to(device, non_blocking=True) for t in batch]
-    return [t.to(device) for t in batch]
-
+    return [t.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else t.to(device)
+            for t in batch]
 
 
 # ---- the loss ----
@@ -218,50 +217,49 @@ if __name__ == '__main__':
     master = run.rank == 0
 
     # model: as it is loaded it is the reference, and becomes the policy
-    checkpoint, first_step, source = None, 0, init_from
-    if init_from == 'resume':
-        checkpoint = load_checkpoint(out_dir)
-        source = checkpoint['reference']
+    checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else None
+    source = checkpoint['reference'] if checkpoint else init_from
     model, words, _ = load_run(source, run.device)
-    reference_fingerprint = fingerprint(model.state_dict())
-    if checkpoint and checkpoint['reference_fingerprint'] != reference_fingerprint:
+    weights = fingerprint(model.state_dict())
+    if checkpoint and checkpoint['reference_fingerprint'] != weights:
         fail(f"{source} is no more the reference that {out_dir} was trained against: its weights changed")
-    context = model.config.max_position_embeddings
-    if block_size > context:
-        fail(f"--block_size={block_size} exceeds the context of {source}, {context}")
+    if block_size > model.config.context:
+        fail(f"--block_size={block_size} is more than the context of {source}, {model.config.context}")
 
     # data
-    prepare_missing(run, dataset, source)
+    prepare_missing(run, dataset, source if os.path.isdir(source) else 'gpt2')
     meta = read_meta(dataset, 'dpo')
     if meta['tokenizer'] != words.fingerprint:
-        fail(f"{data_folder(dataset)} was tokenised otherwise than by the tokenizer of {source}: run `python "
-             f"prepare.py --dataset={dataset} --tokenizer={source}`")
+        fail(f"{data_folder(dataset)} was tokenised otherwise than {source}: run `python prepare.py "
+             f"--dataset={dataset} --tokenizer={source if os.path.isdir(source) else 'gpt2'}`"
+             + (f" with --input={meta['source']}" if os.path.exists(meta['source']) else ""))
     train, val = read_split(dataset, 'train'), read_split(dataset, 'val')
-    n_train = check_pairs(train, f'{dataset}, train', block_size)
-    n_val = check_pairs(val, f'{dataset}, val', block_size)
-    rows = batch_size * gradient_accumulation_steps         # pairs of a step; the ranks share them out
-    if rows < run.world_size:
-        fail(f"batch_size x gradient_accumulation_steps = {rows} pairs are fewer than {run.world_size} ranks")
+    n_train, n_val = (check_pairs(split, f'{data_folder(dataset)}, {name}', block_size)
+                      for split, name in ((train, 'train'), (val, 'val')))
+    per_step = batch_size * gradient_accumulation_steps         # pairs of a step; the ranks share them out
+    if per_step < run.world_size:
+        fail(f"batch_size x gradient_accumulation_steps = {per_step} pairs, but {run.world_size} ranks")
 
-    # the reference
+    # reference
     val_pairs = list(range(0, n_val, math.ceil(n_val / (eval_iters * batch_size))))
-    cut = block_size, batch_size, length_normalised
-    reference = None
+    how = block_size, batch_size, length_normalised
     if cache_reference:
-        ref_train = reference_log_probs(model, run, dataset, 'train', list(range(n_train)), *cut)
-        ref_val = reference_log_probs(model, run, dataset, 'val', val_pairs, *cut)
+        ref_train = reference_log_probs(model, run, dataset, 'train', list(range(n_train)), *how)
+        ref_val = reference_log_probs(model, run, dataset, 'val', val_pairs, *how)
     else:
         reference = copy.deepcopy(model).requires_grad_(False)
-        ref_val = log_probs_of(model, run, val, val_pairs, *cut)
+        ref_val = log_probs_of(model, run, val, val_pairs, *how)
 
-    if checkpoint:
-        model.load_state_dict(checkpoint['model'])
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == wide] for wide in (True, False))
-    optimizer = torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0.0)],
-                                  lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    # optimizer
+    named = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([dict(params=[p for p in named if p.dim() >= 2], weight_decay=weight_decay),
+                                   dict(params=[p for p in named if p.dim() < 2], weight_decay=0.0)],
+                                  lr=learning_rate, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    if checkpoint:
+    first_step = 0
+    if init_from == 'resume':
         first_step = checkpoint['step']
+        model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
         scaler.load_state_dict(checkpoint['scaler'])
         restore_rng(run, checkpoint['rng'], first_step)
@@ -278,8 +276,8 @@ if __name__ == '__main__':
         make_folder(out_dir)
         words.save(out_dir)
         log = MetricsLog(out_dir, first_step, wandb_log, config)
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n_train:,} pairs, {rows} a step: "
-              f"{max_iters * rows / n_train:.1f} epochs in {max_iters:,} steps "
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n_train:,} pairs, {per_step} a step: "
+              f"{max_iters * per_step / n_train:.1f} epochs in {max_iters:,} steps "
               f"on {run.world_size} x {run.device.type} in {str(run.dtype)[6:]}", flush=True)
 
     # train; the model stays in evaluation mode, without dropout, which would hide what the policy prefers
@@ -287,20 +285,20 @@ if __name__ == '__main__':
     seconds, since, eval_seconds = 0.0, 0, 0.0          # time and steps since the last line; of an evaluation
     for step in range(first_step, max_iters + 1):
         clock_start = time.time()
-        pairs = step_pairs(n_train, seed, step, rows)[run.rank::run.world_size]
+        pairs = step_pairs(n_train, seed, step, per_step)[run.rank::run.world_size]
         stopping, = run.sum(stop.signal > 0)            # all ranks agree on whether to stop
 
         due = step % eval_interval == 0 or step == max_iters
         if step > first_step and (due or stopping):
             save_checkpoint(run, out_dir, step=step, settings=config, tokenizer=words.fingerprint,
-                            model_type=type(model).__name__.lower(), model_config=asdict(model.config),
-                            model=model.state_dict(), scaler=scaler.state_dict(),
-                            optimizer=optimizer.state_dict(), reference=source,
-                            reference_fingerprint=reference_fingerprint)
+                            model_type='gpt2' if isinstance(model, GPT2) else 'minimind',
+                            model_config=asdict(model.config), model=model.state_dict(),
+                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                            reference=source, reference_fingerprint=weights)
         if stopping:
             break
         if due:
-            numbers = held_out(log_probs_of(model, run, val, val_pairs, *cut), ref_val, beta)
+            numbers = held_out(log_probs_of(model, run, val, val_pairs, *how), ref_val, beta)
             if master:
                 log.write(step=step, **numbers)
                 print("step {:6,}  held-out loss {val_loss:.4f}  accuracy {val_accuracy:.1%}  margin "
@@ -329,7 +327,7 @@ if __name__ == '__main__':
             parts = dpo_loss(policy[0::2], policy[1::2], ref[0::2], ref[1::2], beta)
             total += torch.stack([part.detach().sum() for part in parts])
             # DDP averages gradients over ranks; times world_size that is the sum which the mean asks for
-            scaler.scale(parts[0].sum() * (run.world_size / rows)).backward()
+            scaler.scale(parts[0].sum() * (run.world_size / per_step)).backward()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         scaler.step(optimizer)
@@ -338,15 +336,16 @@ if __name__ == '__main__':
 
         seconds, since = seconds + time.time() - clock_start, since + 1
         if step % log_interval == 0 or step == max_iters - 1:
-            loss, chosen, rejected = (n / rows for n in run.sum(*total.tolist()))
+            loss, chosen, rejected = (n / per_step for n in run.sum(*total.tolist()))
             if master:
-                speed = since / max(seconds, 1e-9)
+                left = (max_iters - 1 - step) * seconds / since
                 evals = (max_iters - 1) // eval_interval - step // eval_interval + 1
                 log.write(step=step, loss=loss, chosen_reward=chosen, rejected_reward=rejected,
-                          margin=chosen - rejected, lr=lr, grad_norm=norm.item(), pairs_per_second=speed * rows)
+                          margin=chosen - rejected, lr=lr, grad_norm=norm.item(),
+                          pairs_per_second=since * per_step / seconds)
                 print(f"step {step:6,}/{max_iters:,}  loss {loss:.4f}  margin {chosen - rejected:.3f}  "
-                      f"lr {lr:.2e}  grad norm {norm:.2f}  {speed * rows:,.1f} pairs/s  "
-                      f"{clock((max_iters - 1 - step) / speed + evals * eval_seconds)} left", flush=True)
+                      f"lr {lr:.2e}  grad norm {norm:.2f}  {since * per_step / seconds:,.1f} pairs/s  "
+                      f"{clock(left + evals * eval_seconds)} left", flush=True)
             seconds, since = 0.0, 0
 
     if master:
@@ -356,7 +355,8 @@ if __name__ == '__main__':
             print(f"stopped at step {step:,}; {saved}")
         else:
             print(f"done in {clock(time.time() - began)}; the model is in {out_dir}: python sample.py "
-                  f"--out_dir={out_dir}")
+                  f"--out_dir={out_dir} --chat")
+    run.barrier()
     if run.world_size > 1:
         dist.destroy_process_group()
     sys.exit(128 + stop.signal if stopping else 0)

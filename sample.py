@@ -225,11 +225,14 @@ def load_run(source, device='cpu'):
             tokenizer = load_tokenizer(source)
             if tokenizer.fingerprint != checkpoint['tokenizer']:
                 fail(f"{source} holds another tokenizer than its model was trained with")
-            if checkpoint['model_type'] == 'gpt2':
-                model = GPT2(GPT2Config(**checkpoint['model_config']))
+            if 'adapters' in checkpoint:
+                from lora import load_adapted       # here, as lora.py itself imports load_run
+                model, _ = load_adapted(source, checkpoint)
             else:
-                model = MiniMind(MiniMindConfig(**checkpoint['model_config']))
-            model.load_state_dict(checkpoint['model'])
+                gpt2 = checkpoint['model_type'] == 'gpt2'
+                model = (GPT2(GPT2Config(**checkpoint['model_config'])) if gpt2 else
+                         MiniMind(MiniMindConfig(**checkpoint['model_config'])))
+                model.load_state_dict(checkpoint['model'])
     except (OSError, ValueError, ImportError) as e:     # what from_pretrained raises
         fail(str(e))
     if tokenizer.vocab_size > model.config.vocab_size:

@@ -1,8 +1,13 @@
 """lora.py: adapters are nothing at the start, small, alone on disk, and the same model merged or not."""
+import json
+import shutil
+
 import pytest
 import torch
+from conftest import numbers
 from lora import adapter_state, adapters, inject, load_adapter_state, merge, read_peft, write_peft
 from model_minimind import MiniMind, MiniMindConfig
+from sample import load_run
 
 SMALL = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64)
@@ -124,3 +129,66 @@ def test_what_peft_saved_is_imported(tokens, tmp_path):
     how = read_peft(model, tmp_path)
     assert how == dict(rank=4, alpha=16.0, dropout=0.0, targets='down_proj,q_proj')
     torch.testing.assert_close(model(tokens)[0], theirs(tokens).logits, atol=1e-5, rtol=1e-4)
+
+
+# ---- the run ----
+
+FAST = ['--device=cpu', '--dtype=float32', '--dataset=./chats', '--batch_size=2', '--block_size=64',
+        '--rank=4', '--log_interval=1', '--max_iters=8', '--eval_interval=4', '--report_size=4', '--max_new_tokens=8']
+
+
+@pytest.fixture
+def chats_folder(tmp_path, script, run_folder):
+    with open(tmp_path / 'chats.jsonl', 'w') as f:
+        for i in range(40):
+            f.write(json.dumps(dict(instruction=f'Say {i} twice.', input='', output=f'{i} {i}')) + '\n')
+    script('prepare.py', '--input=chats.jsonl', f'--tokenizer={run_folder}', '--dataset=./chats',
+           '--val_fraction=0.2')
+
+
+def test_a_run_its_folder_and_the_merged_model(script, chats_folder, run_folder, tmp_path, tokens):
+    """Train, sample, merge, export, import: the same model all along, and the base untouched."""
+    before = (run_folder / 'ckpt.pt').read_bytes()
+    done = script('lora.py', f'--init_from={run_folder}', '--out_dir=a', *FAST)
+    losses = numbers(r'held-out loss (\S+)', done.stdout)
+    assert losses[0] > losses[1] > losses[2]
+    # rank 4 in two layers; in + out of q, k, v, o, and of gate, up, down
+    trained = 4 * 2 * (128 + 96 + 96 + 128 + 3 * 256)
+    assert f'parameters, {trained:,} of them trained' in done.stdout
+    saved = torch.load(tmp_path / 'a' / 'ckpt.pt')
+    assert 'model' not in saved and (tmp_path / 'a' / 'ckpt.pt').stat().st_size < len(before) * 1.5
+    assert (run_folder / 'ckpt.pt').read_bytes() == before
+
+    adapted, _, _ = load_run(str(tmp_path / 'a'))
+    script('sample.py', '--out_dir=a', '--max_new_tokens=3')
+    script('lora.py', '--out_dir=a', '--merge_to=merged', '--to_peft=peft')
+    merged, _, _ = load_run(str(tmp_path / 'merged'))
+    assert (merged(tokens)[0] - adapted(tokens)[0]).abs().max() < 1e-5
+    script('sample.py', '--out_dir=merged', '--max_new_tokens=3')
+    script('lora.py', '--from_peft=peft', f'--init_from={run_folder}', '--out_dir=again')
+    again, _, _ = load_run(str(tmp_path / 'again'))
+    assert torch.equal(again(tokens)[0], adapted(tokens)[0])
+
+    for arguments, words in ((['--out_dir=merged', '--merge_to=twice'], 'merged already'),
+                             (['--init_from=a', *FAST], 'merge them first'),
+                             ([f'--init_from={run_folder}', '--targets=query', *FAST], "called 'query'"),
+                             ([f'--init_from={run_folder}', '--from_peft=nowhere'], 'adapter_config.json')):
+        assert words in script('lora.py', *arguments, code=2).stderr
+    # the base changes under its adapters
+    shutil.copytree(run_folder, tmp_path / 'base')
+    saved['base'] = '../base'
+    torch.save(saved, tmp_path / 'a' / 'ckpt.pt')
+    script('sample.py', '--out_dir=a', '--max_new_tokens=3')
+    base = torch.load(tmp_path / 'base' / 'ckpt.pt')
+    base['model']['model.norm.weight'] += 1e-3
+    torch.save(base, tmp_path / 'base' / 'ckpt.pt')
+    assert 'for another base' in script('sample.py', '--out_dir=a', code=2).stderr
+
+
+def test_resumed_is_uninterrupted(script, chats_folder, run_folder, tmp_path):
+    start = [f'--init_from={run_folder}', *FAST, '--dropout=0.1', '--min_lr=5e-3', '--report_size=0']
+    script('lora.py', '--out_dir=whole', *start)
+    script('lora.py', '--out_dir=parts', *start, '--max_iters=4')
+    script('lora.py', '--out_dir=parts', '--init_from=resume', '--max_iters=8')
+    whole, parts = (torch.load(tmp_path / name / 'ckpt.pt')['adapters'] for name in ('whole', 'parts'))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
