@@ -20,6 +20,7 @@ names are Hugging Face's.
     python model_gpt2.py                                  # the model's size, part by part
     python model_gpt2.py --out_dir=out/verdict --export_dir=out/hf      # a run -> a Hugging Face folder
 """
+import functools
 import glob
 import json
 import math
@@ -345,20 +346,23 @@ def config_from_hf(config, folder):
 
 def read_weights(folder):
     """{name: tensor} of all weight files in a folder, mapped into memory rather than read."""
-    weights = {}
+    folder = os.fspath(folder)
     files = sorted(glob.glob(os.path.join(glob.escape(folder), 'model*.safetensors')))
-    for file in files:
+    load = functools.partial(torch.load, map_location='cpu', mmap=True, weights_only=True)
+    if files:
         try:
-            from safetensors.torch import load_file
+            from safetensors.torch import load_file as load
         except ImportError:
-            raise ImportError(f"{file} needs a package: pip install safetensors") from None
-        weights.update(load_file(file))
-    if not files:
-        files = sorted(glob.glob(os.path.join(glob.escape(folder), 'pytorch_model*.bin')))
-        for file in files:
-            weights.update(torch.load(file, map_location='cpu', mmap=True, weights_only=True))
+            raise ImportError(f"{files[0]} needs a package: pip install safetensors") from None
+    files = files or sorted(glob.glob(os.path.join(glob.escape(folder), 'pytorch_model*.bin')))
     if not files:
         raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+    weights = {}
+    for file in files:
+        try:
+            weights.update(load(file))
+        except Exception as e:                          # each library has kinds of its own for a broken file
+            raise ValueError(f"{file} cannot be read ({type(e).__name__}: {str(e)[:80]})") from e
     return weights
 
 

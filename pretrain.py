@@ -35,12 +35,12 @@ from sample import generate, load_run, stop_ids
 
 # the run
 out_dir = 'out/pretrain'        # where checkpoint, tokenizer, metrics and picture go
-init_from = 'scratch'           # 'scratch', 'resume' (go on in out_dir), a run's or Hugging Face folder, 'gpt2'
+init_from = 'scratch'           # 'scratch', 'resume' (in out_dir), a run's or Hugging Face folder, 'gpt2'
 max_iters = 1000                # optimizer steps
 eval_interval = 250             # save, measure the held-out loss and print a sample every so many steps
 eval_iters = 200                # batches of held-out text to measure on, at most
 log_interval = 10               # print a line every so many steps
-start = 'def is_'               # prompt of that sample
+prompt = 'def is_'              # what that sample continues
 seed = 1337                     # of the weights, the order of the data, dropout
 wandb_log = False               # log to Weights & Biases too
 # the data
@@ -49,7 +49,7 @@ tokenizer = ''                  # what the data must be tokenised with: a folder
 batch_size = 16                 # rows in a micro-batch
 gradient_accumulation_steps = 1 # micro-batches in a step, over all ranks together
 block_size = 256                # tokens in a row: the context
-stride = 0                      # tokens from one row to the next (chapter I-1); 0 tiles the text anew each epoch
+stride = 0                      # tokens from row to row (chapter I-1); 0 tiles the text anew each epoch
 # the model, when from scratch: any other keeps its own shape
 model = 'minimind'              # 'minimind' or 'gpt2'
 n_layer = 6                     # blocks
@@ -149,16 +149,16 @@ def held_out_loss(model, run, split, block_size, batch_size, eval_iters):
     return total / count
 
 
-def sample_text(model, tokenizer, start, device, max_new_tokens=60):
+def sample_text(model, tokenizer, prompt, device, max_new_tokens=60):
     """A short text at temperature 0.7, the same random numbers each time, so that samples compare."""
     model.eval()
-    ids = [tokenizer.eot, *tokenizer.encode(start)][-model.config.context // 2:]
+    ids = [tokenizer.eot, *tokenizer.encode(prompt)][-model.config.context // 2:]
     generator = torch.Generator(device).manual_seed(0)
     new = [token.item() for token in generate(model, torch.tensor([ids], device=device), max_new_tokens,
                                               stop_ids(tokenizer), generator, vocab_size=tokenizer.vocab_size,
                                               temperature=0.7, top_p=0.95)]
     model.train()
-    return start + tokenizer.decode(new[:-1] if new[-1] in stop_ids(tokenizer) else new)
+    return prompt + tokenizer.decode(new[:-1] if new[-1] in stop_ids(tokenizer) else new)
 
 
 # ---- the parts of a run ----
@@ -344,7 +344,7 @@ if __name__ == '__main__':
             bits = loss / math.log(2) * meta['val']['tokens'] / meta['val']['bytes']
             if master:
                 log.write(step=step, val_loss=loss, val_bits_per_byte=bits)
-                text = sample_text(model, words, start, run.device)
+                text = sample_text(model, words, prompt, run.device)
                 print(f"step {step:6,}  held-out loss {loss:.4f}  {bits:.4f} bits/byte\n    | "
                       + text.replace('\n', '\n    | '), flush=True)
             eval_seconds, clock_start = time.time() - clock_start, time.time()

@@ -34,7 +34,7 @@ start = 'def '              # prompt, or FILE:path, or '-' for standard input
 lines = False               # take each line of start as a prompt of its own, all in one batch
 num_samples = 1             # how many texts for each prompt
 max_new_tokens = 200        # longest continuation, in tokens
-stop = ''                   # a text at which a sample ends, or several with | between
+stop = ''                   # a text at which a sample ends, or several with | between; '"\n"' is a line end
 on_full = 'stop'            # when the context is full: 'stop', or 'slide' and forget the older half
 # the choice
 temperature = 0.7           # 0 is greedy: always the likeliest token
@@ -213,9 +213,7 @@ def load_run(source, device='cpu'):
     try:
         if source in OFFICIAL:
             model, tokenizer = GPT2.from_pretrained(source), load_tokenizer('gpt2')
-        elif is_hugging_face(source):
-            with open(os.path.join(source, 'config.json'), encoding='utf-8') as f:
-                kind = json.load(f).get('model_type')
+        elif kind := hugging_face_type(source):
             kinds = dict(gpt2=GPT2, minimind=MiniMind, llama=MiniMind, qwen3=MiniMind, qwen3_moe=MiniMind)
             if kind not in kinds:
                 fail(f"{source}: a model of type {kind!r}; these can be read: {', '.join(kinds)}")
@@ -240,10 +238,16 @@ def load_run(source, device='cpu'):
     return model.to(device).eval(), tokenizer, checkpoint
 
 
-def is_hugging_face(folder):
-    """Whether a folder is in Hugging Face's layout, and no run's."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return 'config.json' in names and 'ckpt.pt' not in names
+def hugging_face_type(folder):
+    """The model_type in the config.json of a Hugging Face folder; '' for any other, a run's above all."""
+    path = os.path.join(folder, 'config.json')
+    if os.path.isfile(os.path.join(folder, 'ckpt.pt')) or not os.path.isfile(path):
+        return ''
+    try:
+        with open(path, encoding='utf-8') as f:
+            return str(json.load(f)['model_type'])
+    except (ValueError, KeyError, TypeError) as e:
+        fail(f"{path} does not describe a model ({type(e).__name__}: {e})")
 
 
 def read_prompt(start):

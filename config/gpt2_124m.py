@@ -4,9 +4,9 @@
 #     python pretrain.py config/gpt2_124m.py --dataset=mytext
 #     torchrun --nproc_per_node=8 pretrain.py config/gpt2_124m.py --dataset=mytext
 #
-# A step is 480 rows x 1,024 tokens, about half a million, on one GPU or on eight: gradient_accumulation_steps
-# counts the micro-batches of all ranks together. 20,000 steps read ten billion tokens. Of a GPU with less than
-# 40 GB take a smaller batch_size, and more gradient_accumulation_steps.
+# A step is 480 rows x 1,024 tokens, about half a million, on one GPU or eight: gradient_accumulation_steps
+# counts the micro-batches of all ranks. 20,000 steps read ten billion tokens. Where memory is short, take a
+# smaller batch_size and more gradient_accumulation_steps.
 out_dir = 'out/gpt2_124m'
 tokenizer = 'gpt2'
 
@@ -20,7 +20,7 @@ batch_size = 12
 gradient_accumulation_steps = 40
 max_iters = 20_000
 eval_interval = 1000
-start = 'The'
+prompt = 'The'
 
 optimizer = 'adamw'
 learning_rate = 6e-4

@@ -18,6 +18,10 @@ sys.path.insert(0, str(ROOT))
 from prepare import Tokenizer  # noqa: E402  (the line above makes it importable)
 from train_tokenizer import train_bpe  # noqa: E402
 
+# the models of the tests are so small that a second thread would only wait
+ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}
+torch.set_num_threads(1)
+
 TEXT = """The licence of a lighthouse keeper is renewed each spring, when the keeper reads the rules aloud.
 Read the rules of the light: never let it go out, never let it go unseen, never ask the sea for a favour.
 A keeper who asks the sea for a favour is given one, and the next keeper reads the rules of the light alone.
@@ -37,7 +41,7 @@ def script(tmp_path):
             python += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}']
         data = input.encode() if isinstance(input, str) else input
         done = subprocess.run([*python, str(ROOT / name), *map(str, args)], cwd=tmp_path, input=data,
-                              capture_output=True, timeout=300, env={**os.environ, **dict(env)})
+                              capture_output=True, timeout=300, env={**ONE_THREAD, **dict(env)})
         done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
         assert done.returncode == code, f"{name} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         assert 'Traceback' not in done.stderr

@@ -100,8 +100,8 @@ def test_pydoc_is_real_and_held_out_by_docstring():
 
 
 def test_arrays_are_mapped_and_small(tmp_path, tokenizer):
-    pieces = [Piece('train', 'one two', False, 0), Piece('train', ' three', True, 0), Piece('val', 'four', True, 1)]
-    write_data(str(tmp_path / 'd'), tokenizer, pieces, 'test')
+    pieces = [Piece('train', 'one two', False, 0), Piece('train', ' three', True, 0)]
+    write_data(str(tmp_path / 'd'), tokenizer, [*pieces, Piece('val', 'four', True, 1)], 'test')
     train = read_split(str(tmp_path / 'd'), 'train')
     assert isinstance(train.tokens, np.memmap) and train.tokens.dtype == np.uint16
     assert train.tokens.tolist() == [*tokenizer.encode('one two'), *tokenizer.encode(' three'), tokenizer.eot]
@@ -170,9 +170,9 @@ def test_malformed_lines_can_be_skipped_and_are_counted(script, tmp_path, tokeni
 
 def test_a_source_too_small_to_split_is_one_line(script, tmp_path, tokenizer_folder):
     (tmp_path / 'one.jsonl').write_bytes(FILES['one.jsonl'])
-    done = script('prepare.py', '--input=one.jsonl', f'--tokenizer={tokenizer_folder}', '--dataset=./d', code=2)
-    line = done.stderr
-    assert "no document falls into 'val'" in line and not (tmp_path / 'd').exists()
+    options = ['--input=one.jsonl', f'--tokenizer={tokenizer_folder}', '--dataset=./d']
+    assert "no document falls into 'val'" in script('prepare.py', *options, code=2).stderr
+    assert not (tmp_path / 'd').exists()
 
 
 def test_unknown_data_sets_and_old_formats_are_one_line(script, tmp_path, capsys):

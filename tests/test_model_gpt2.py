@@ -1,0 +1,307 @@
+"""model_gpt2.py against the tutorial's figures, its own formulas and transformers; GPT-2 in pretrain.py."""
+import json
+import math
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import TEXT, numbers
+from torch.nn import functional as F
+
+import model_gpt2
+from model_gpt2 import (
+    GPT2,
+    GPT2Config,
+    plain_attention,
+    plain_gelu,
+    plain_layer_norm,
+    sinusoidal_positions,
+)
+from prepare import Piece, Split, write_data
+from pretrain import batch_at, make_optimizers, window_starts
+from sample import generate, load_run
+
+SIZES = [dict(vocab_size=211, n_positions=96, n_embd=48, n_layer=3, n_head=4),
+         dict(vocab_size=503, n_positions=128, n_embd=128, n_layer=2, n_head=2)]
+
+
+def random_model(size=SIZES[0], std=0.2, **options):
+    """A model with all weights random, and so large that every part matters."""
+    model = GPT2(GPT2Config(**size, **options)).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=std)
+    return model
+
+
+# ---- the chapters' figures ----
+
+def test_chapter_1_windows(gpt2, shared):
+    ids = np.array(gpt2.encode(shared('data/the-verdict.txt').read_text()))
+    text = Split(ids, np.ones(len(ids)), None)
+    starts = np.sort(window_starts(len(ids), 4, seed=0, epoch=0, stride=1))
+    assert len(ids) == 5145 and len(starts) == 5145 - 4
+    x, y = batch_at(text, starts[:1], 4)
+    assert x.tolist() == [[40, 367, 2885, 1464]] and y.tolist() == [[367, 2885, 1464, 1807]]
+    x, y = batch_at(text, np.sort(window_starts(len(ids), 4, seed=0, epoch=0, stride=4))[:8], 4)
+    assert x.tolist() == [[40, 367, 2885, 1464], [1807, 3619, 402, 271], [10899, 2138, 257, 7026],
+                          [15632, 438, 2016, 257], [922, 5891, 1576, 438], [568, 340, 373, 645],
+                          [1049, 5975, 284, 502], [284, 3285, 326, 11]]
+    assert y.tolist() == [[367, 2885, 1464, 1807], [3619, 402, 271, 10899], [2138, 257, 7026, 15632],
+                          [438, 2016, 257, 922], [5891, 1576, 438, 568], [340, 373, 645, 1049],
+                          [5975, 284, 502, 284], [3285, 326, 11, 287]]
+    # chapter I-5: nine batches of two rows an epoch, in another order each time
+    rows = [window_starts(4613, 256, seed=0, epoch=e, stride=256) for e in (0, 1)]
+    assert [len(r) for r in rows] == [18, 18] and list(rows[0]) != list(rows[1])
+
+
+def test_chapter_2_and_advanced_3_sinusoidal_positions():
+    expected = torch.tensor([0.9093, -0.4161, 0.1987, 0.9801, 0.0200, 0.9998, 0.0020, 0.9999])
+    torch.testing.assert_close(sinusoidal_positions(120, 8)[2], expected, atol=1e-4, rtol=0)
+    model = GPT2(GPT2Config(**SIZES[0], positions='sinusoidal'))
+    assert 'transformer.wpe.weight' not in {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_chapter_3_attention_example():
+    """'Your journey starts with one step': the scores, and what 'journey' takes from the others."""
+    x = torch.tensor([[0.43, 0.15, 0.89], [0.55, 0.87, 0.66], [0.57, 0.85, 0.64], [0.22, 0.58, 0.33],
+                      [0.77, 0.25, 0.10], [0.05, 0.80, 0.55]])
+    scores = torch.tensor([0.9544, 1.4950, 1.4754, 0.8434, 0.7070, 1.0865])
+    torch.testing.assert_close((x @ x.T)[1], scores, atol=1e-4, rtol=0)
+    everything = torch.ones(6, 6, dtype=torch.bool)
+    unscaled = plain_attention(x * math.sqrt(3), x, x, everything)  # the example divides by nothing
+    torch.testing.assert_close(unscaled[1], torch.tensor([0.4419, 0.6515, 0.5683]), atol=1e-4, rtol=0)
+    causal = plain_attention(x, x, x, everything.tril())
+    torch.testing.assert_close(causal[0], x[0])                         # the first token sees itself alone
+    torch.testing.assert_close(causal[-1], plain_attention(x, x, x, everything)[-1])
+
+
+def test_chapter_4_layer_norm():
+    x = torch.arange(1., 25.).view(2, 3, 4)
+    y = plain_layer_norm(x, torch.ones(4), torch.zeros(4))
+    torch.testing.assert_close(y, torch.tensor([-1.34, -0.45, 0.45, 1.34]).expand(2, 3, 4), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize('shortcut, gradients', [
+    (False, [0.00020173587, 0.00012011159, 0.00071520399, 0.00139887363, 0.00504964543]),
+    (True, [0.22169792, 0.20694106, 0.32896995, 0.26657322, 1.32585406])])
+def test_chapter_4_gradients_survive_with_residual_connections(shortcut, gradients):
+    torch.manual_seed(123)
+    layers = [nn.Linear(3, out) for out in (3, 3, 3, 3, 1)]
+    x = torch.tensor([[1., 0., -1.]])
+    for layer in layers:
+        y = plain_gelu(layer(x))
+        x = x + y if shortcut and x.shape == y.shape else y
+    x.square().mean().backward()
+    assert [layer.weight.grad.abs().mean().item() for layer in layers] == pytest.approx(gradients, rel=1e-4)
+
+
+@pytest.mark.parametrize('options, parameters', [
+    (dict(), 124_439_808), (dict(qkv_bias=False, tie_word_embeddings=False), 163_009_536)])
+def test_chapter_4_sizes(options, parameters):
+    with torch.device('meta'):
+        model = GPT2(GPT2Config(**options))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_chapter_5_loss_before_training():
+    model = GPT2(GPT2Config(n_layer=2, qkv_bias=False, tie_word_embeddings=False)).eval()
+    tokens = torch.randint(50257, (2, 65))
+    with torch.no_grad():
+        assert model(tokens[:, :-1], tokens[:, 1:])[1].item() == pytest.approx(math.log(50257), abs=0.2)
+
+
+# ---- the formulas, the cache and the mask ----
+
+def test_kernels_are_the_formulas():
+    x, weight, bias = torch.randn(2, 5, 48), torch.randn(48), torch.randn(48)
+    torch.testing.assert_close(F.layer_norm(x, (48,), weight, bias), plain_layer_norm(x, weight, bias))
+    torch.testing.assert_close(F.gelu(x, approximate='tanh'), plain_gelu(x))
+    attention = random_model().transformer.h[0].attn
+    q, k, v = (t.view(2, 5, 4, 12).transpose(1, 2) for t in attention.c_attn(x).split(48, dim=-1))
+    plain = plain_attention(q, k, v, torch.ones(5, 5, dtype=torch.bool).tril())
+    plain = attention.c_proj(plain.transpose(1, 2).reshape(2, 5, 48))
+    torch.testing.assert_close(attention(x), plain)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(positions='sinusoidal', qkv_bias=False,
+                                                  tie_word_embeddings=False)])
+def test_cached_in_chunks_is_uncached_and_the_future_is_unseen(options):
+    model = random_model(**options)
+    tokens = torch.randint(211, (2, 40))
+    with torch.no_grad():
+        whole, cache = model(tokens)[0], model.make_cache(2, 40)
+        parts = tokens.split([7, 1, 20, 12], dim=1)
+        chunks = torch.cat([model(part, cache=cache)[0] for part in parts], dim=1)
+        torch.testing.assert_close(chunks, whole, atol=1e-4, rtol=1e-4)
+        changed = tokens.clone()
+        changed[:, 25] = (changed[:, 25] + 1) % 211
+        assert torch.equal(model(changed)[0][:, :25], whole[:, :25])
+        assert not torch.allclose(model(changed)[0][:, 25:], whole[:, 25:])
+    with pytest.raises(ValueError, match='exceed the cache of 40'):
+        model(tokens[:, :1], cache=cache)
+    with pytest.raises(ValueError, match='exceed the context of 96'):
+        model(torch.zeros(1, 97, dtype=torch.long))
+
+
+def test_a_padded_row_is_the_row_alone():
+    model, tokens = random_model(), torch.randint(211, (3, 20))
+    cache = model.make_cache(3, 20)
+    cache.padding = torch.tensor([0, 6, 19])
+    with torch.no_grad():
+        together = torch.cat([model(part, cache=cache)[0] for part in tokens.split([12, 8], dim=1)], dim=1)
+        for row, pad in enumerate(cache.padding.tolist()):
+            alone = model(tokens[row:row + 1, pad:])[0][0]
+            torch.testing.assert_close(together[row, pad:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_is_for_training_and_muon_takes_the_matrices_of_the_blocks():
+    model, tokens = random_model(dropout=0.5), torch.randint(211, (1, 9))
+    assert torch.equal(model(tokens)[0], model(tokens)[0])
+    model.train()
+    assert not torch.equal(model(tokens)[0], model(tokens)[0])
+    muon = make_optimizers(model, 'muon', 1e-3, 0.1)[1]
+    assert sum(len(g['params']) for g in muon.param_groups) == 3 * 4
+
+
+def test_generation_with_the_cache_is_the_same_and_much_faster():
+    model = GPT2(GPT2Config(vocab_size=1000, n_positions=512, n_embd=256, n_layer=4, n_head=4)).eval()
+    texts, seconds = [], []
+    for use_cache in (True, False):
+        start = time.time()
+        texts.append([new.item() for new in generate(model, torch.tensor([[7, 8]]), 384, temperature=0,
+                                                     use_cache=use_cache)])
+        seconds.append(time.time() - start)
+    assert texts[0] == texts[1] and len(texts[0]) == 384
+    assert seconds[1] > 2 * seconds[0], seconds
+
+
+# ---- Hugging Face's layout ----
+
+@pytest.fixture(scope='module')
+def transformers():
+    return pytest.importorskip('transformers')
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('file', ['model.safetensors', 'pytorch_model.bin'])
+def test_transformers_weights_give_its_logits_and_its_text(transformers, tmp_path, size, file):
+    config = transformers.GPT2Config(**size, bos_token_id=0, eos_token_id=0)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    if file == 'pytorch_model.bin':                     # as OpenAI's are: no prefix, and buffers within
+        state = {k.removeprefix('transformer.'): v for k, v in theirs.transformer.state_dict().items()}
+        state['h.0.attn.bias'] = torch.ones(1, 1, 96, 96).tril()
+        state['h.0.attn.masked_bias'] = torch.tensor(-1e4)
+        (tmp_path / 'model.safetensors').unlink()
+        torch.save(state, tmp_path / file)
+    ours = GPT2.from_pretrained(tmp_path)
+    assert not ours.training and ours.lm_head.weight is ours.transformer.wte.weight
+    tokens = torch.randint(size['vocab_size'], (2, 30))
+    with torch.no_grad():
+        expected, cache = theirs(tokens).logits, ours.make_cache(2, 30)
+        cached = torch.cat([ours(part, cache=cache)[0] for part in tokens.split([25, 1, 4], dim=1)], dim=1)
+        assert (ours(tokens)[0] - expected).abs().max() < 1e-4
+        assert (cached - expected).abs().max() < 1e-4
+    text = torch.stack(list(generate(ours, tokens[:1], 64, temperature=0)), dim=1)
+    expected = theirs.generate(tokens[:1], max_new_tokens=64, do_sample=False, eos_token_id=None)
+    assert text.tolist() == expected[:, 30:].tolist()
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('options', [dict(), dict(qkv_bias=False, tie_word_embeddings=False),
+                                     dict(positions='sinusoidal')])
+def test_our_weights_give_our_logits_in_transformers(transformers, tmp_path, size, options):
+    model, tokens = random_model(size, std=0.1, **options), torch.randint(size['vocab_size'], (2, 40))
+    model.save_pretrained(tmp_path, bos_token_id=0, eos_token_id=0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again = GPT2.from_pretrained(tmp_path)
+    assert again.config == model.config
+    with torch.no_grad():
+        assert (theirs(tokens).logits - model(tokens)[0]).abs().max() < 1e-4
+        assert torch.equal(again(tokens)[0], model(tokens)[0])
+
+
+def test_without_safetensors_there_are_bins(tmp_path, monkeypatch):
+    model, tokens = random_model(), torch.randint(211, (1, 9))
+    model.save_pretrained(tmp_path / 'safe')
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    model.save_pretrained(tmp_path / 'bin')
+    assert (tmp_path / 'bin' / 'pytorch_model.bin').exists()
+    assert torch.equal(GPT2.from_pretrained(tmp_path / 'bin')(tokens)[0], model(tokens)[0])
+    with pytest.raises(ImportError, match='pip install safetensors'):
+        GPT2.from_pretrained(tmp_path / 'safe')
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(n_embd=24), r'wte.weight is \(211, 48\), but config.json asks for \(211, 24\)'),
+    (dict(n_layer=4), 'h.3.ln_1.weight is missing'),
+    (dict(n_layer=2), 'h.2.attn.c_attn.bias has no place in a GPT-2 of 2 layers'),
+    (dict(activation_function='relu'), "activation_function='relu'"),
+    (dict(n_inner=100), 'n_inner=100'),
+    (dict(model_type='bert'), "describes a 'bert'"),
+])
+def test_weights_that_do_not_fit_are_named(tmp_path, change, words):
+    random_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=words):
+        GPT2.from_pretrained(tmp_path)
+    (tmp_path / 'model.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes()[:5000])
+    with pytest.raises(ValueError, match='model.safetensors cannot be read'):
+        model_gpt2.read_weights(tmp_path)
+    with pytest.raises(FileNotFoundError, match='neither model.safetensors nor pytorch_model.bin'):
+        model_gpt2.read_weights(tmp_path / 'nothing')
+
+
+def test_offline_official_weights_say_which_files_to_put_where(script, tmp_path):
+    offline = dict(HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path))
+    error = script('sample.py', '--init_from=gpt2', code=2, env=offline).stderr
+    assert 'put config.json, model.safetensors and tokenizer.json of huggingface.co' in error
+
+
+# ---- training and exporting ----
+
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=32', '--batch_size=8', '--device=cpu',
+        '--dtype=float32', '--log_interval=1', '--eval_iters=2', '--prompt=The keeper', '--warmup_iters=5']
+
+
+def test_a_run_of_gpt2_from_scratch_to_transformers_and_back(script, tmp_path, tokenizer, transformers):
+    data = tmp_path / 'rules'
+    pieces = [Piece('train', TEXT * 20, True, 0), Piece('val', TEXT, True, 1)]
+    write_data(str(data), tokenizer, pieces, 'test')
+    common = [*TINY, f'--dataset={data}']
+    out = script('pretrain.py', *common, '--model=gpt2', '--out_dir=run', '--stride=8', '--dropout=0.1',
+                 '--qkv_bias=False', '--tie_word_embeddings=False', '--max_iters=100').stdout
+    held_out = numbers(r'held-out loss (\S+)', out)
+    assert held_out[0] == pytest.approx(math.log(tokenizer.vocab_size), abs=0.2) and held_out[-1] < 0.5
+
+    # going on keeps the shape, and says so
+    assert 'keeps its shape' in script('pretrain.py', '--out_dir=run', '--init_from=resume', '--n_layer=3',
+                                       '--max_iters=101', code=2).stderr
+    script('pretrain.py', '--out_dir=run', '--init_from=resume', '--max_iters=101')
+    assert load_run(tmp_path / 'run')[2]['step'] == 101
+
+    # the export is the run, for transformers, for sample.py and as the start of another run
+    script('model_gpt2.py', '--out_dir=run', '--export_dir=hf')
+    model, _, _ = load_run(tmp_path / 'run')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    ids = words('Read the rules', return_tensors='pt')['input_ids']
+    assert ids[0].tolist() == tokenizer.encode('Read the rules')
+    with torch.no_grad():
+        assert (theirs(ids).logits - model(ids)[0]).abs().max() < 1e-4
+    how = ['--start=Read the rules', '--temperature=0', '--max_new_tokens=25', '--dtype=float32']
+    texts = [script('sample.py', *where, *how).stdout for where in (['--out_dir=run'], ['--init_from=hf'])]
+    assert texts[0] == texts[1] and texts[0].strip()[:50] == TEXT[TEXT.index('Read the rules'):][:50]
+    start = [f'--dataset={data}', '--init_from=hf', '--batch_size=2', '--max_iters=1', '--learning_rate=0']
+    script('pretrain.py', *start, '--min_lr=0', '--block_size=16', '--out_dir=more')
+    again, _, checkpoint = load_run(tmp_path / 'more')
+    assert checkpoint['model_type'] == 'gpt2' and again.config.context == 32
+    assert all(torch.equal(w, model.state_dict()[name]) for name, w in again.state_dict().items())
+    assert 'more than the context' in script('pretrain.py', *start, '--block_size=64', code=2).stderr

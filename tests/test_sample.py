@@ -1,0 +1,244 @@
+"""sample.py: each way of decoding against transformers, batches, overflow, streaming, and its mistakes."""
+import pytest
+import torch
+from conftest import TEXT, numbers
+
+from model_gpt2 import GPT2, GPT2Config
+from model_minimind import MiniMind, MiniMindConfig
+from sample import Stream, candidates, choose, distribution, generate, left_pad, penalize
+
+CONTEXT = 48
+
+
+def random_model(kind, vocab_size=211):
+    if kind == 'gpt2':
+        model = GPT2(GPT2Config(vocab_size, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4))
+    else:
+        model = MiniMind(MiniMindConfig(vocab_size, max_position_embeddings=CONTEXT, hidden_size=32,
+                                        num_hidden_layers=2, num_attention_heads=4))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(params=['gpt2', 'minimind'])
+def model(request):
+    return random_model(request.param)
+
+
+@pytest.fixture(scope='module')
+def hf(tokenizer, tmp_path_factory):
+    """A Hugging Face folder: a model of random weights, with more ids than its tokenizer has."""
+    folder = tmp_path_factory.mktemp('hf')
+    torch.manual_seed(0)
+    random_model('gpt2', 448).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+# ---- the choice ----
+
+@pytest.mark.parametrize('how', [
+    dict(temperature=0.3), dict(top_k=1), dict(top_k=7), dict(top_k=10_000), dict(top_p=0.0), dict(top_p=0.6),
+    dict(min_p=0.2), dict(temperature=1.7, top_k=30, top_p=0.8, min_p=0.05)])
+def test_distributions_are_those_of_transformers(how):
+    process = pytest.importorskip('transformers').generation.logits_process
+    logits = 3 * torch.randn(5, 100)
+    expected = logits / how.get('temperature', 1)
+    for name, warper in (('top_k', process.TopKLogitsWarper), ('top_p', process.TopPLogitsWarper),
+                         ('min_p', process.MinPLogitsWarper)):
+        if how.get(name) is not None:
+            expected = warper(how[name])(None, expected)
+    torch.testing.assert_close(distribution(logits, **how), expected.softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+def test_the_chapters_example_at_three_temperatures():
+    """Chapter I-6: at 0.1 'forward' has nearly all; at 5 even 'pizza' has a chance."""
+    words = 'closer every effort forward inches moves pizza toward you'.split()
+    logits = torch.tensor([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
+    at = {t: dict(zip(words, distribution(logits, t)[0].tolist())) for t in (0.1, 1, 5)}
+    assert at[0.1]['forward'] > 0.99
+    assert at[1]['forward'] == pytest.approx(0.5721, abs=1e-4)
+    assert at[1]['toward'] == pytest.approx(0.3576, abs=1e-4)
+    assert at[5]['pizza'] == pytest.approx(0.0430, abs=1e-4) and at[1]['pizza'] < 2e-4
+    draws = torch.multinomial(distribution(logits, 1, top_k=3), 3000, replacement=True)
+    assert {words[i] for i in set(draws[0].tolist())} == {'forward', 'toward', 'closer'}
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    process = pytest.importorskip('transformers').generation.logits_process
+    logits, seen = torch.randn(3, 50), torch.randint(50, (3, 20))
+    expected = process.RepetitionPenaltyLogitsProcessor(1.3)(seen, logits.clone())
+    torch.testing.assert_close(penalize(logits, seen, 1.3), expected)
+    assert torch.equal(choose(logits, seen, temperature=0, repetition_penalty=1.3), expected.argmax(-1))
+
+
+@pytest.mark.parametrize('temperature', [0, 1e-300, 1e-9, 1e-4, 1.0, 1e30])
+def test_no_temperature_breaks_it(temperature):
+    logits = torch.tensor([[1e4, -1e4, 0.0], [3.0, 1.0, 2.0]])
+    tokens = torch.cat([choose(logits, temperature=temperature) for _ in range(50)])
+    assert set(tokens.tolist()) <= {0, 1, 2}
+    if temperature < 1e-3:
+        assert set(tokens.tolist()) == {0}
+
+
+def test_candidates_name_the_filter_that_removed_them():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04]).log()[None]
+    table = candidates(logits, torch.tensor([[0]]), n=4, temperature=1.0, top_k=4, top_p=0.65, min_p=0.8)
+    assert [(row[0], row[3]) for row in table] == [(0, ''), (1, 'min_p'), (2, 'top_p'), (3, 'top_p')]
+    assert [before for _, before, _, _ in table] == pytest.approx([0.4, 0.3, 0.2, 0.06])
+    assert [after for _, _, after, _ in table] == pytest.approx([1, 0, 0, 0])
+    assert candidates(logits, torch.tensor([[0]]), n=9, top_k=2)[2][3] == 'top_k'
+
+
+# ---- generating ----
+
+def uncached(model, row, n, context=CONTEXT):
+    """Greedy decoding as chapter I-4 does it: read everything for each token."""
+    row = list(row)
+    for _ in range(n):
+        with torch.no_grad():
+            row.append(model(torch.tensor([row]))[0][0, -1].argmax().item())
+    return row[-n:]
+
+
+def test_greedy_is_what_reading_everything_again_gives(model):
+    tokens = torch.randint(211, (2, 9))
+    new = torch.stack(list(generate(model, tokens, 20, temperature=0)), dim=1)
+    assert new.tolist() == [uncached(model, row, 20) for row in tokens.tolist()]
+
+
+def test_prompts_of_different_length_go_on_as_each_would_alone(model):
+    prompts = [torch.randint(211, (n,)).tolist() for n in (1, 5, 17)]
+    for how in (dict(), dict(repetition_penalty=1.5)):
+        tokens, padding = left_pad(prompts)
+        how = dict(temperature=0, **how)
+        together = torch.stack(list(generate(model, tokens, 20, padding=padding, **how)), dim=1)
+        alone = [[new.item() for new in generate(model, torch.tensor([ids]), 20, **how)] for ids in prompts]
+        assert together.tolist() == alone
+
+
+def test_a_full_context_stops_or_slides(model):
+    tokens = torch.randint(211, (2, 10))
+    stopped = torch.stack(list(generate(model, tokens, 200, temperature=0)), dim=1)
+    assert stopped.shape == (2, CONTEXT + 1 - 10)               # the last token is not read any more
+    how = dict(temperature=0, on_full='slide')
+    slid = torch.stack(list(generate(model, tokens, 200, **how)), dim=1)
+    assert slid.shape == (2, 200) and torch.equal(slid[:, :39], stopped)
+    # it goes on from the later half of the context
+    half = torch.cat([tokens, stopped], dim=1)[:, -CONTEXT // 2:]
+    assert slid[:, 39:60].tolist() == [uncached(model, row, 21) for row in half.tolist()]
+    again = torch.stack(list(generate(model, tokens, 200, use_cache=False, **how)), dim=1)
+    assert torch.equal(slid, again)
+    # a prompt beyond the context, and rows of which one is short
+    long, padding = left_pad([torch.randint(211, (3 * CONTEXT,)).tolist(), [5, 6]])
+    assert len(list(generate(model, long, 70, padding=padding, on_full='slide'))) == 70
+    assert list(generate(model, long, 70, padding=padding)) == []
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen(model):
+    tokens = torch.zeros(64, 1, dtype=torch.long)
+    for how in (dict(temperature=0), dict(temperature=100.0), dict(temperature=100.0, top_k=200, top_p=0.99)):
+        new = torch.stack(list(generate(model, tokens, 20, vocab_size=100, **how)), dim=1)
+        assert new.max() < 100
+    assert torch.stack(list(generate(model, tokens, 20, temperature=100.0))).max() >= 100
+
+
+def test_a_row_ends_at_a_stop_id_and_the_batch_when_all_have(model):
+    tokens = torch.randint(211, (4, 6))
+    free = torch.stack(list(generate(model, tokens, 30, temperature=0)), dim=1)
+    stop = {free[row, 2 + row].item() for row in range(4)}
+    new = torch.stack(list(generate(model, tokens, 30, stop, temperature=0)), dim=1)
+    ends = [next(i for i, token in enumerate(row) if token in stop) for row in free.tolist()]
+    assert new.shape[1] == max(ends) + 1
+    for row, end in enumerate(ends):
+        assert new[row, :end + 1].tolist() == free[row, :end + 1].tolist()
+        assert set(new[row, end:].tolist()) == {free[row, end].item()}
+
+
+def test_the_seed_decides(model):
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [new.item() for new in generate(model, torch.tensor([[3]]), 30, generator=generator)]
+    assert draw(1) == draw(1) != draw(2)
+
+
+# ---- text ----
+
+def stream(tokenizer, text, stop=()):
+    """What a Stream shows, token by token."""
+    s = Stream(tokenizer, tokenizer.encode('The'), stop)
+    return [s.add(token) for token in tokenizer.encode(text)] + ([] if s.ended else [s.finish()]), s
+
+
+def test_text_is_shown_in_whole_characters(tokenizer):
+    pieces, _ = stream(tokenizer, ' light 灯 é.')
+    assert ''.join(pieces) == ' light 灯 é.' and not any('\ufffd' in piece for piece in pieces)
+    assert len([piece for piece in pieces if piece]) > 3
+
+
+def test_nothing_is_shown_from_a_stop_text_on(tokenizer):
+    text = ' light## the ##end of it'
+    for stop in ('##end', '##e|of', 'nd of', '##end of it', '|##end'):
+        pieces, s = stream(tokenizer, text, stop.split('|'))
+        assert s.ended and ''.join(pieces) == s.text == text[:min(text.find(t) for t in stop.split('|') if t)]
+    pieces, s = stream(tokenizer, text, ['##ends', 'lighter'])      # a beginning alone is no stop text
+    assert ''.join(pieces) == text
+    s = Stream(tokenizer, [])
+    assert s.add(tokenizer.eot) == '' and s.ended and s.add(5) == ''
+
+
+# ---- the script ----
+
+def test_the_script_on_several_prompts(script, hf, tmp_path):
+    (tmp_path / 'prompts.txt').write_text('The keeper\n\nThe light of the sea, the sea\nA\n')
+    how = [f'--init_from={hf}', '--temperature=0', '--max_new_tokens=12', '--dtype=float32', '--device=cpu']
+    together = script('sample.py', *how, '--start=FILE:prompts.txt', '--lines').stdout.split('-' * 40 + '\n')
+    alone = [script('sample.py', *how, f'--start={prompt}').stdout
+             for prompt in ('The keeper', 'The light of the sea, the sea', 'A')]
+    assert together == alone
+
+
+def test_the_script_shows_probabilities_draws_them_and_slides(script, hf, tmp_path):
+    pytest.importorskip('matplotlib')
+    out = script('sample.py', f'--init_from={hf}', '--max_new_tokens=80', '--on_full=slide', '--show_probs',
+                 '--top_k=3', '--plot', '--device=cpu').stdout
+    assert out.count('<- chosen') == out.count('softmax') > 40 and 'removed by top_k' in out
+    kept = [p for p in numbers(r'  \d\.\d{4}  +(\d\.\d{4})  ', out) if p]
+    assert sum(kept) == pytest.approx(out.count('softmax'), rel=0.02)
+    assert (tmp_path / 'next_token.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_a_full_context_is_said(script, hf):
+    done = script('sample.py', f'--init_from={hf}', '--start=' + 'light ' * 40, '--max_new_tokens=80')
+    assert 'the context of 48 tokens is full' in done.stderr
+    long = '--start=' + TEXT
+    assert '--on_full=slide' in script('sample.py', f'--init_from={hf}', long, code=2).stderr
+    script('sample.py', f'--init_from={hf}', long, '--on_full=slide', '--max_new_tokens=60')
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--temperature=-1'], 'temperature must be at least 0'),
+    (['--temperature=inf'], 'temperature takes a number'),
+    (['--top_k=-1'], 'top_k must be at least 0'),
+    (['--top_k=None'], 'top_k takes a whole number'),
+    (['--top_p=1.5'], 'top_p must lie between 0 and 1'),
+    (['--min_p=2'], 'min_p must lie between 0 and 1'),
+    (['--repetition_penalty=0'], 'repetition_penalty must lie between'),
+    (['--max_new_tokens=0'], 'max_new_tokens must be at least 1'),
+    (['--on_full=slid'], "did you mean 'slide'"),
+    (['--start=FILE:nowhere'], 'No such file'),
+    (['--start=', '--lines'], 'no line with text'),
+    (['--start=a\nb', '--lines', '--show_probs'], 'one prompt'),
+    (['--init_from=gpt3'], 'no checkpoint gpt3'),
+])
+def test_a_mistake_is_one_line(script, hf, args, words):
+    where = [] if any(arg.startswith('--init_from') for arg in args) else [f'--init_from={hf}']
+    assert words in script('sample.py', *where, *args, code=2).stderr
+
+
+def test_a_folder_that_is_no_model_is_one_line(script, hf, tmp_path):
+    (tmp_path / 'config.json').write_text('{"model_type": "bert"}')
+    assert "type 'bert'" in script('sample.py', '--init_from=.', code=2).stderr
+    (tmp_path / 'config.json').write_text('{"model_type"')
+    assert 'config.json' in script('sample.py', '--init_from=.', code=2).stderr
