@@ -276,8 +276,8 @@ if __name__ == '__main__':
         make_folder(out_dir)
         words.save(out_dir)
         log = MetricsLog(out_dir, first_step, wandb_log, config)
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n_train:,} pairs, {per_step} a step: "
-              f"{max_iters * per_step / n_train:.1f} epochs in {max_iters:,} steps "
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n_train:,} pairs, {per_step} a "
+              f"step: {max_iters * per_step / n_train:.1f} epochs in {max_iters:,} steps "
               f"on {run.world_size} x {run.device.type} in {str(run.dtype)[6:]}", flush=True)
 
     # train; the model stays in evaluation mode, without dropout, which would hide what the policy prefers

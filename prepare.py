@@ -75,8 +75,8 @@ DOWNLOADS = {
                         urls=[f'https://raw.githubusercontent.com/karpathy/char-rnn/master/{SHAKESPEARE}',
                               f'https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/{SHAKESPEARE}']),
 }
-BUILT_IN = dict(pydoc='pretrain', pydoc_sft='sft', spam='cls',      # sets that prepare.py makes: their task
-                verdict='pretrain', shakespeare='pretrain')
+BUILT_IN = dict(pydoc='pretrain', pydoc_sft='sft', pydoc_dpo='dpo',     # sets that prepare.py makes:
+                reason='sft', spam='cls', verdict='pretrain', shakespeare='pretrain')       # their task
 DOWNLOADED = os.path.join(HERE, 'data', 'downloads')
 
 

@@ -1,9 +1,16 @@
 """distill.py: the loss is its formula whatever the chunks, and a tag weighs what it should."""
+import json
+import re
+import shutil
+
 import pytest
 import torch
+from conftest import ROOT, TEXT, numbers
 from distill import TAGS, chunked_loss, distillation_loss, parse_answer, tag_weights
+from prepare import REASON_NAMES, REASON_TEMPLATES, REASON_THINGS, Tokenizer, load_tokenizer, reason
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from train_tokenizer import train_bpe
 
 N, V = 500, 300
 
@@ -119,3 +126,78 @@ def test_cross_entropy_part_is_unweighted(batch):
     sums = chunked_loss(**batch, alpha=0.5, temperature=1.0)
     wanted = F.cross_entropy(batch['head'](batch['hidden']), batch['targets'], reduction='sum')
     torch.testing.assert_close(sums[1], wanted)
+
+
+# ---- reason ----
+
+def test_every_reason_answer_checks_and_nothing_held_out_was_trained():
+    trained, held_out = [], []
+    for piece in reason(0.05, count=1500):
+        question, answer = (message['content'] for message in piece.messages)
+        thought = answer.split('<think>\n')[1].split('\n</think>')[0]
+        steps = [step.split(': ')[1] for step in thought.split('\n')]
+        for step in steps:
+            left, right = step.split(' = ')
+            assert eval(left) == int(right) > 0, step
+        assert parse_answer(answer) == right
+        # the numbers of a problem in their order, and its words without names, things and numbers
+        found = (tuple(re.findall(r'\d+', question)), re.sub(
+            '|'.join([r'\d+', *REASON_NAMES, *REASON_THINGS]), '_', question))
+        assert set(found[0]) <= set(re.findall(r'\d+', answer))
+        (trained if piece.split == 'train' else held_out).append((piece.label, found))
+    combinations = {key for _, (key, _) in trained}
+    templates = {key for _, (_, key) in trained}
+    assert {label for label, _ in trained} == {0} and {label for label, _ in held_out} == {0, 1}
+    for label, (combination, template) in held_out:
+        assert (template in templates) == (label == 0)
+        assert label == 1 or combination not in combinations
+    assert len(templates) == len(REASON_TEMPLATES)
+
+
+# ---- the run ----
+
+FAST = ['--device=cpu', '--dtype=float32', '--batch_size=4', '--block_size=128', '--log_interval=1',
+        '--max_iters=4', '--eval_interval=2', '--report_size=4', '--max_new_tokens=8', '--n_layer=1',
+        '--n_embd=32']
+
+
+def test_black_box_on_reason(script, tmp_path, run_folder):
+    done = script('distill.py', str(ROOT / 'config/reason.py'), f'--init_from={run_folder}', '--out_dir=a',
+                  '--dataset=./reason', *FAST, '--batch_size=2', '--max_iters=6')
+    losses = numbers(r'held-out loss (\S+)', done.stdout)
+    assert losses == sorted(losses, reverse=True)
+    assert re.search(r'new template +\d+ problems  well-formed +0.0%  right +0.0%', done.stdout)
+    # the loss counts a tag ten times, the cross-entropy beside it once
+    loss, ce = numbers(r'loss (\S+)  ce', done.stdout)[0], numbers(r'  ce (\S+)', done.stdout)[0]
+    assert loss > 2 * ce
+    assert len(json.load(open(tmp_path / 'a' / 'report.json'))) == 4
+
+
+def test_white_box_and_its_mistakes(script, tmp_path, run_folder):
+    (tmp_path / 'chats.jsonl').write_text(''.join(
+        json.dumps(dict(instruction=f'Say {i} twice.', input='', output=f'{i} {i}')) + '\n'
+        for i in range(60)))
+    script('prepare.py', '--input=chats.jsonl', f'--tokenizer={run_folder}', '--dataset=./chats',
+           '--val_fraction=0.2')
+    start = ['--dataset=./chats', f'--teacher={run_folder}', *FAST, '--report_size=0', '--min_lr=3e-3']
+    done = script('distill.py', '--out_dir=whole', *start)
+    # alpha 0.5, T 2: the loss is made of the parts printed beside it
+    parts = [numbers(pattern, done.stdout) for pattern in (r'  loss (\S+)  ce', r'  ce (\S+)', r'  kl (\S+)')]
+    for loss, ce, kl in zip(*parts):
+        assert loss == pytest.approx(0.5 * ce + 0.5 * 4 * kl, abs=2e-4)
+    cut = script('distill.py', '--out_dir=cut', *start, '--batch_size=1', '--gradient_accumulation_steps=4')
+    assert numbers(r'  loss (\S+)  ce', cut.stdout) == pytest.approx(parts[0], abs=2e-4)
+    script('distill.py', '--out_dir=parts', *start, '--max_iters=2')
+    script('distill.py', '--out_dir=parts', '--init_from=resume', '--max_iters=4')
+    whole, pieces = (torch.load(tmp_path / name / 'ckpt.pt')['model'] for name in ('whole', 'parts'))
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    # a teacher of another vocabulary
+    other = tmp_path / 'other'
+    shutil.copytree(run_folder, other)
+    Tokenizer(train_bpe([TEXT] * 5, 340)).save(other)
+    saved = torch.load(other / 'ckpt.pt')
+    saved['tokenizer'] = load_tokenizer(other).fingerprint
+    torch.save(saved, other / 'ckpt.pt')
+    done = script('distill.py', '--out_dir=b', f'--init_from={run_folder}', '--dataset=./chats',
+                  '--teacher=other', *FAST, code=2)
+    assert 'has another vocabulary than' in done.stderr

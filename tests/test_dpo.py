@@ -135,7 +135,7 @@ def split():
     """Two pairs, of prompts 1 to 4 and 1 to 2."""
     documents = [([1, 2, 3, 4, 5, 6, 7], 4), ([1, 2, 3, 4, 8], 4), ([1, 2, 9], 2), ([1, 2, 10, 11], 2)]
     return Split(np.array([t for ids, _ in documents for t in ids], dtype=np.uint16),
-                 np.array([m for ids, n in documents for m in [0] * n + [1] * (len(ids) - n)], dtype=np.uint8),
+                 np.array([int(i >= n) for ids, n in documents for i in range(len(ids))], dtype=np.uint8),
                  np.cumsum([0, *(len(ids) for ids, _ in documents)]))
 
 
@@ -161,7 +161,7 @@ def test_the_prompt_is_cut_first_and_alike(split, block_size, rows):
 @pytest.fixture
 def pairs_folder(tmp_path, tokenizer_folder, script):
     """Questions whose answer is preferred when it repeats the question's word."""
-    words = [a + b for a in ('red', 'blue', 'green', 'grey', 'pink', 'brown') for b in ('', 'ish', 'er', 'est')]
+    words = [a + b for a in ('red', 'blue', 'green', 'grey', 'pink', 'dark') for b in ('', 'ish', 'er', 'est')]
     with open(tmp_path / 'pairs.jsonl', 'w') as f:
         for i, word in enumerate(words * 3):
             asked = dict(role='user', content=f'{i}: {word}?')
@@ -177,54 +177,39 @@ FAST = ['--device=cpu', '--dtype=float32', '--dataset=./pairs', '--batch_size=4'
         '--eval_interval=4']
 
 
-def test_a_run_starts_at_ln_2_and_learns(script, pairs_folder, run_folder, tmp_path):
+def test_a_run_in_many_ways(script, pairs_folder, run_folder, tmp_path):
     before = (run_folder / 'ckpt.pt').read_bytes()
-    done = script('dpo.py', f'--init_from={run_folder}', '--out_dir=a', *FAST)
-    accuracy = numbers(r'accuracy (\S+)%', done.stdout)
-    assert numbers(r'held-out loss (\S+)', done.stdout)[0] == 0.6931 and accuracy[0] == 50
-    assert numbers(r'step +0/12  loss (\S+)', done.stdout) == [0.6931]
-    assert accuracy[-1] > 99
-    assert (run_folder / 'ckpt.pt').read_bytes() == before          # the reference has not moved
-    log = [json.loads(line) for line in open(tmp_path / 'a' / 'metrics.jsonl')]
+    start = [f'--init_from={run_folder}', *FAST]
+    whole = script('dpo.py', '--out_dir=whole', *start)
+    # it starts at ln 2, with no preference, and learns
+    losses, accuracy = numbers(r'held-out loss (\S+)', whole.stdout), numbers(r'accuracy (\S+)%', whole.stdout)
+    assert (losses[0], accuracy[0]) == (0.6931, 50) and accuracy[-1] > 99
+    assert numbers(r'step +0/12  loss (\S+)', whole.stdout) == [0.6931]
+    log = [json.loads(line) for line in open(tmp_path / 'whole' / 'metrics.jsonl')]
     margins = [line['val_margin'] for line in log if 'val_margin' in line]
     assert margins[0] == 0 and margins == sorted(margins) and margins[-1] > 0.1
-    script('sample.py', '--out_dir=a', '--max_new_tokens=3')
-
-
-def test_reference_cached_or_on_the_fly_is_the_same_run(script, pairs_folder, run_folder, tmp_path):
-    results = []
-    for out, cached in (('a', True), ('b', True), ('c', False)):
-        done = script('dpo.py', f'--init_from={run_folder}', f'--out_dir={out}', *FAST,
-                      f'--cache_reference={cached}')
-        results.append(numbers(r'loss (\S+)', done.stdout))
-        if out == 'a':
-            cache = {file: file.stat().st_mtime_ns for file in pairs_folder.glob('*_reference_*.npy')}
-            assert len(cache) == 2
+    # the reference has not moved
+    assert (run_folder / 'ckpt.pt').read_bytes() == before
+    # micro-batches do not matter, and the reference is not computed again
+    losses = numbers(r'loss (\S+)', whole.stdout)
+    cache = {file: file.stat().st_mtime_ns for file in pairs_folder.glob('*_reference_*.npy')}
+    cut = script('dpo.py', '--out_dir=cut', *start, '--batch_size=1', '--gradient_accumulation_steps=4',
+                 '--eval_iters=100')
+    assert losses == pytest.approx(numbers(r'loss (\S+)', cut.stdout), abs=2e-4)
     assert {file: file.stat().st_mtime_ns for file in pairs_folder.glob('*_reference_*.npy')} == cache
-    assert results[0] == results[1] == pytest.approx(results[2], abs=2e-4)
-
-
-def test_resumed_is_uninterrupted(script, pairs_folder, run_folder, tmp_path):
-    start = [f'--init_from={run_folder}', *FAST]
-    script('dpo.py', '--out_dir=whole', *start)
+    # nor does it matter when the reference is computed
+    live = script('dpo.py', '--out_dir=live', *start, '--cache_reference=False')
+    assert losses == pytest.approx(numbers(r'loss (\S+)', live.stdout), abs=2e-4)
+    # 4 + 8 steps are 12
     script('dpo.py', '--out_dir=parts', *start, '--max_iters=4')
     script('dpo.py', '--out_dir=parts', '--init_from=resume', '--max_iters=12')
-    whole, parts = (torch.load(tmp_path / name / 'ckpt.pt') for name in ('whole', 'parts'))
-    assert whole['step'] == parts['step'] == 12 and whole['reference'] == parts['reference']
-    assert all(torch.equal(whole['model'][name], parts['model'][name]) for name in whole['model'])
-
-
-def test_micro_batches_do_not_matter(script, pairs_folder, run_folder):
-    whole, cut = (script('dpo.py', f'--init_from={run_folder}', '--out_dir=a', *FAST, f'--batch_size={8 // n}',
-                         f'--gradient_accumulation_steps={n}') for n in (1, 4))
-    assert numbers(r'loss (\S+)', whole.stdout) == pytest.approx(numbers(r'loss (\S+)', cut.stdout), abs=2e-4)
-
-
-def test_length_normalised(script, pairs_folder, run_folder):
-    """A mean instead of a sum: the rewards are several times smaller."""
-    plain, mean = (script('dpo.py', f'--init_from={run_folder}', '--out_dir=a', *FAST, '--max_iters=4',
-                          f'--length_normalised={value}') for value in (False, True))
-    assert numbers(r'margin (\S+) =', mean.stdout)[-1] < numbers(r'margin (\S+) =', plain.stdout)[-1] / 2
+    one, two = (torch.load(tmp_path / name / 'ckpt.pt') for name in ('whole', 'parts'))
+    assert one['step'] == two['step'] == 12 and one['reference'] == two['reference']
+    assert all(torch.equal(one['model'][name], two['model'][name]) for name in one['model'])
+    # a mean over the answer instead of the sum: rewards are several times smaller
+    mean = script('dpo.py', '--out_dir=mean', *start, '--length_normalised')
+    assert numbers(r'margin (\S+) =', mean.stdout)[1] < margins[1] / 2
+    script('sample.py', '--out_dir=whole', '--max_new_tokens=3')
 
 
 def test_an_answer_that_block_size_cuts_to_nothing_is_one_line(script, tmp_path, run_folder):

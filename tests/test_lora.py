@@ -134,7 +134,8 @@ def test_what_peft_saved_is_imported(tokens, tmp_path):
 # ---- the run ----
 
 FAST = ['--device=cpu', '--dtype=float32', '--dataset=./chats', '--batch_size=2', '--block_size=64',
-        '--rank=4', '--log_interval=1', '--max_iters=8', '--eval_interval=4', '--report_size=4', '--max_new_tokens=8']
+        '--rank=4', '--log_interval=1', '--max_iters=8', '--eval_interval=4', '--report_size=4',
+        '--max_new_tokens=8']
 
 
 @pytest.fixture
