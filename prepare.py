@@ -41,6 +41,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import zipfile
 from http.client import HTTPException
 from typing import NamedTuple
 from urllib.request import Request, urlopen
@@ -63,6 +64,7 @@ debug_mask = False          # print the first document, token by token with its 
 FORMAT = 1                  # of the prepared folder; raised when its meaning changes
 # Data sets that are a file on the network: its name in data/downloads/, its sha256, where to get it, in turn.
 VERDICT, SHAKESPEARE = 'ch02/01_main-chapter-code/the-verdict.txt', 'data/tinyshakespeare/input.txt'
+INSTRUCTION = 'ch07/01_main-chapter-code/instruction-data.json'
 DOWNLOADS = {
     # chapters I-1 and I-5: a story by Edith Wharton, 20,479 characters
     'verdict': dict(file='the-verdict.txt',
@@ -74,9 +76,20 @@ DOWNLOADS = {
                         sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
                         urls=[f'https://raw.githubusercontent.com/karpathy/char-rnn/master/{SHAKESPEARE}',
                               f'https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/{SHAKESPEARE}']),
+    # chapter I-7: the SMS Spam Collection (Almeida et al. 2011), 5,574 messages
+    'sms_spam': dict(file='sms_spam.zip',
+                     sha256='1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3',
+                     urls=['https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip',
+                           'https://f001.backblazeb2.com/file/LLMs-from-scratch/sms%2Bspam%2Bcollection.zip']),
+    # chapter I-8: 1,100 instructions with answers
+    'instruction': dict(file='instruction.json',
+                        sha256='7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944',
+                        urls=[f'https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/{INSTRUCTION}',
+                              f'https://cdn.jsdelivr.net/gh/rasbt/LLMs-from-scratch@main/{INSTRUCTION}']),
 }
-BUILT_IN = dict(pydoc='pretrain', pydoc_sft='sft', pydoc_dpo='dpo',     # sets that prepare.py makes:
-                reason='sft', spam='cls', verdict='pretrain', shakespeare='pretrain')       # their task
+# The sets that need no file from the user, and their task.
+BUILT_IN = dict(pydoc='pretrain', pydoc_sft='sft', pydoc_dpo='dpo', reason='sft', spam='cls',
+                verdict='pretrain', shakespeare='pretrain', sms_spam='cls', instruction='sft')
 DOWNLOADED = os.path.join(HERE, 'data', 'downloads')
 
 
@@ -347,6 +360,14 @@ def download(file, sha256, urls, folder=DOWNLOADED):
         os.remove(path + '.part')
         reason = f"what {url} sends has another sha256 than {sha256[:16]}..."
     fail(f"cannot download {file} ({reason}): get it from {urls[0]} and put it at {path}")
+
+
+def unzip(path):
+    """The path of the table in a downloaded .zip, unpacked beside it: its largest file."""
+    table = path.removesuffix('.zip') + '.tsv'
+    with zipfile.ZipFile(path) as z, open(table, 'wb') as f:
+        f.write(z.read(max(z.infolist(), key=lambda member: member.file_size)))
+    return table
 
 
 def fetch(url, path):
@@ -651,22 +672,23 @@ def conversation(split, messages, progress):
 def read_labelled(source='', balance=True, seed=1337, on_error='stop'):
     """The labelled texts of a .csv or .tsv file ('' is the spam set that ships): (Pieces, names of labels).
 
-    Of equal texts (but for case and white space) one is kept, so none stands in two splits. With balance, the
-    larger classes are cut at random to the smallest. Each class is dealt out 70 / 10 / 20 to train, val and
-    test.
+    Of texts that are equal but for case and white space one is kept, so none stands in two splits. With
+    balance, the larger classes are cut at random to the smallest. Each class is dealt out 70 / 10 / 20 to
+    train, val and test.
     """
     source = source or os.path.join(HERE, 'data', 'spam.csv')
     seen, classes, repeated = {}, {}, 0
     for line, (label, text), _ in read_records(source, label_and_text, on_error):
         key = ' '.join(text.casefold().split())
         if key in seen:
-            if seen[key][0] != label:
-                reason = f"this text has the label {label!r}, but {seen[key][0]!r} in line {seen[key][1]}"
+            other, its_line, its_text = seen[key]
+            if label != other and text == its_text:
+                reason = f"this text has the label {label!r}, but {other!r} in line {its_line}"
                 malformed(f"{source}:{line}", reason, on_error)
             else:
                 repeated += 1
             continue
-        seen[key] = label, line
+        seen[key] = label, line, text
         classes.setdefault(label, []).append((line, text))
     for label, texts in sorted(classes.items()):
         if len(texts) < 3:
@@ -1033,6 +1055,7 @@ if __name__ == '__main__':
     val_fraction = val_fraction or (0.1 if name == 'verdict' else 0.05)
     if name in DOWNLOADS and not input:
         input = download(**DOWNLOADS[name])
+        input = unzip(input) if input.endswith('.zip') else input
     if input and not os.path.exists(input):
         fail(f"no such file: {input}")
     if input and not os.path.isdir(input) and not os.path.getsize(input):

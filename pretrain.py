@@ -36,8 +36,8 @@ from sample import generate, load_run, stop_ids
 # the run
 out_dir = 'out/pretrain'        # where checkpoint, tokenizer, metrics and picture go
 init_from = 'scratch'           # 'scratch', 'resume' (in out_dir), a run's or Hugging Face folder, 'gpt2'
-max_iters = 1000                # optimizer steps
-eval_interval = 250             # save, measure the held-out loss and print a sample every so many steps
+max_iters = 320                 # optimizer steps
+eval_interval = 80              # save, measure the held-out loss and print a sample every so many steps
 eval_iters = 200                # batches of held-out text to measure on, at most
 log_interval = 10               # print a line every so many steps
 prompt = 'def is_'              # what that sample continues
@@ -52,7 +52,7 @@ block_size = 256                # tokens in a row: the context
 stride = 0                      # tokens from row to row (chapter I-1); 0 tiles the text anew each epoch
 # the model, when from scratch: any other keeps its own shape
 model = 'minimind'              # 'minimind' or 'gpt2'
-n_layer = 6                     # blocks
+n_layer = 4                     # blocks
 n_head = 4                      # query heads
 n_kv_head = 2                   # minimind: key and value heads; n_head is multi-head, 1 is multi-query
 n_embd = 256                    # width
@@ -72,8 +72,8 @@ seq_aux = True                  # balance within each row, not over the micro-ba
 # the optimizer
 optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
 learning_rate = 1e-2            # highest; with AdamW alone 2e-3 is better
-min_lr = 1e-3                   # at the end of the cosine
-warmup_iters = 50               # steps of linear warmup
+min_lr = 3e-4                   # at the end of the cosine
+warmup_iters = 20               # steps of linear warmup
 weight_decay = 0.1              # on matrices only
 grad_clip = 1.0                 # longest gradient; 0 is no limit
 # the machine

@@ -7,15 +7,20 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from prepare import Tokenizer  # noqa: E402  (the line above makes it importable)
+from configurator import Run, save_checkpoint  # noqa: E402  (the line above makes it importable)
+from model_gpt2 import GPT2, GPT2Config  # noqa: E402
+from model_minimind import MiniMind, MiniMindConfig  # noqa: E402
+from prepare import Tokenizer, byte_level_bpe  # noqa: E402
 from train_tokenizer import train_bpe  # noqa: E402
 
 # the models of the tests are so small that a second thread would only wait
@@ -62,6 +67,36 @@ def tokenizer_folder(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp('tokenizer')
     tokenizer.save(folder)
     return folder
+
+
+@pytest.fixture(scope='session')
+def byte_tokenizer():
+    """A tokenizer of the 256 bytes and <|endoftext|>: like GPT-2's it has no tokens of ChatML."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    return Tokenizer(byte_level_bpe({byte: i for i, byte in enumerate(alphabet)}, [], ['<|endoftext|>']))
+
+
+@pytest.fixture
+def tiny_run(tmp_path, tokenizer, byte_tokenizer):
+    """tiny_run('minimind') or tiny_run('gpt2') writes the folder of a run with random weights: what a stage
+    starts from. GPT-2 has the byte tokenizer, so conversations take the Alpaca layout."""
+    def make(kind):
+        folder = tmp_path / f'tiny_{kind}'
+        words = byte_tokenizer if kind == 'gpt2' else tokenizer
+        words.save(folder)
+        torch.manual_seed(0)
+        if kind == 'gpt2':
+            model = GPT2(GPT2Config(
+                vocab_size=words.vocab_size, n_positions=256, n_embd=64, n_layer=2, n_head=4))
+        else:
+            model = MiniMind(MiniMindConfig(
+                vocab_size=words.vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=256))
+        save_checkpoint(Run(torch.device('cpu'), torch.float32, 0, 1), folder, step=0, settings={},
+                        tokenizer=words.fingerprint, model_type=kind, model_config=asdict(model.config),
+                        model=model.state_dict())
+        return folder
+    return make
 
 
 @pytest.fixture(scope='session')

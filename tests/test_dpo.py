@@ -161,7 +161,7 @@ def test_the_prompt_is_cut_first_and_alike(split, block_size, rows):
 @pytest.fixture
 def pairs_folder(tmp_path, tokenizer_folder, script):
     """Questions whose answer is preferred when it repeats the question's word."""
-    words = [a + b for a in ('red', 'blue', 'green', 'grey', 'pink', 'dark') for b in ('', 'ish', 'er', 'est')]
+    words = [a + b for a in ('red', 'blue', 'green', 'grey', 'pink') for b in ('', 'ish', 'er', 'est')]
     with open(tmp_path / 'pairs.jsonl', 'w') as f:
         for i, word in enumerate(words * 3):
             asked = dict(role='user', content=f'{i}: {word}?')
@@ -182,7 +182,8 @@ def test_a_run_in_many_ways(script, pairs_folder, run_folder, tmp_path):
     start = [f'--init_from={run_folder}', *FAST]
     whole = script('dpo.py', '--out_dir=whole', *start)
     # it starts at ln 2, with no preference, and learns
-    losses, accuracy = numbers(r'held-out loss (\S+)', whole.stdout), numbers(r'accuracy (\S+)%', whole.stdout)
+    losses = numbers(r'held-out loss (\S+)', whole.stdout)
+    accuracy = numbers(r'accuracy (\S+)%', whole.stdout)
     assert (losses[0], accuracy[0]) == (0.6931, 50) and accuracy[-1] > 99
     assert numbers(r'step +0/12  loss (\S+)', whole.stdout) == [0.6931]
     log = [json.loads(line) for line in open(tmp_path / 'whole' / 'metrics.jsonl')]

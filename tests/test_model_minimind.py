@@ -1,0 +1,348 @@
+"""MiniMind against its formulas, the chapters' numbers, and transformers' Llama, Qwen3 and Qwen3-MoE."""
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+
+import model_minimind
+from configurator import Run, save_checkpoint
+from model_minimind import (MiniMind, MiniMindConfig, RMSNorm, apply_rope, kv_cache_bytes, plain_attention,
+                            rope_table)
+from prepare import encode_chat
+
+TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=64)
+MOE = dict(qk_norm=True, use_moe=True, num_experts=4, moe_intermediate_size=24, norm_topk_prob=True)
+MINIMIND3 = dict(hidden_size=768, num_key_value_heads=4, intermediate_size=2432, qk_norm=True)
+YARN = dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=16)
+
+
+def tiny(**changes):
+    """A tiny model in evaluation mode, norms too with random weights, so that none can be left out unseen."""
+    model = MiniMind(MiniMindConfig(**{**TINY, **changes})).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, mean=float(p.dim() == 1), std=0.2)
+    return model
+
+
+def tokens(B=2, T=24):
+    return torch.randint(TINY['vocab_size'], (B, T))
+
+
+# ---- parts (chapters II-2, II-4, II-5) ----
+
+def test_rmsnorm_is_layernorm_on_zero_mean():
+    x = torch.randn(3, 16)
+    x -= x.mean(dim=-1, keepdim=True)
+    torch.testing.assert_close(RMSNorm(16, 1e-5)(x), nn.functional.layer_norm(x, (16,), eps=1e-5))
+    assert not torch.allclose(RMSNorm(16, 1e-5)(x + 1), nn.functional.layer_norm(x + 1, (16,)), atol=0.1)
+
+
+def rope(x, position):
+    config = MiniMindConfig(hidden_size=len(x), num_attention_heads=1, num_key_value_heads=1, rope_theta=1e4,
+                            max_position_embeddings=1024)
+    cos, sin = rope_table(config)
+    return apply_rope(torch.tensor(x)[None, None, None], cos[position:position + 1],
+                      sin[position:position + 1]).flatten()
+
+
+def test_rope_of_the_chapter():
+    # the chapter's [-0.4161, 0.9093, -0.02, 0.9998], with halves for pairs
+    torch.testing.assert_close(rope([1., 0., 0., 1.], 2), torch.tensor([-0.4161, -0.0200, 0.9093, 0.9998]),
+                               atol=5e-5, rtol=0)
+
+
+def test_the_chapters_score():
+    assert (rope([1., 2.], 1) @ rope([3., 4.], 2)).item() == pytest.approx(7.6263, abs=5e-5)
+
+
+def test_a_score_depends_on_the_distance_alone():
+    q, k = torch.randn(2, 8).tolist()
+    scores = [(rope(q, m) @ rope(k, m + 7)).item() for m in (0, 1, 100, 900)]
+    assert scores == pytest.approx([scores[0]] * 4, abs=1e-4)
+    assert (rope(q, 0) @ rope(k, 8)).item() != pytest.approx(scores[0], abs=1e-4)
+
+
+@pytest.mark.parametrize('kv_heads', [4, 2, 1], ids=['multi-head', 'grouped-query', 'multi-query'])
+def test_attention_is_its_formula(kv_heads, monkeypatch):
+    model, x = tiny(num_key_value_heads=kv_heads), tokens()
+    fused = model(x)[0]
+
+    def formula(q, k, v, attn_mask, is_causal, **_):
+        T = q.size(2)
+        return plain_attention(q, k, v, torch.ones(T, T, dtype=torch.bool).tril() if is_causal else attn_mask)
+    monkeypatch.setattr(model_minimind.F, 'scaled_dot_product_attention', formula)
+    torch.testing.assert_close(model(x)[0], fused, atol=1e-4, rtol=1e-4)
+
+
+def test_kv_cache_bytes_of_the_chapter(script):
+    sizes = [kv_cache_bytes(MiniMindConfig(hidden_size=4096, num_attention_heads=32, num_hidden_layers=1,
+                                           num_key_value_heads=heads), tokens=1024) for heads in (32, 8, 1)]
+    assert sizes == [2 * 16_777_216, 2 * 4_194_304, 2 * 524_288]      # the chapter's numbers, keys and values
+    cache = tiny().make_cache(3, 10)
+    assert sum(t.nbytes for t in cache.keys + cache.values) == kv_cache_bytes(MiniMindConfig(**TINY), 10, 3)
+    printed = script('model_minimind.py').stdout
+    assert '25,829,888' in printed and all(f'{size:,} bytes' in printed for size in sizes)
+
+
+# ---- the model as a whole ----
+
+@pytest.mark.parametrize('count, sizes', [
+    (25_829_888, dict()),                                                           # MiniMind2-Small
+    (104_030_976, dict(hidden_size=768, num_hidden_layers=16)),                     # MiniMind2
+    (145_029_760, dict(hidden_size=640, use_moe=True, n_shared_experts=1)),         # MiniMind2-MoE
+    (63_912_192, MINIMIND3),
+    (198_416_640, dict(MINIMIND3, use_moe=True, num_experts_per_tok=1))],
+    ids=['2-small', '2', '2-moe', '3', '3-moe'])
+def test_parameter_counts_of_the_official_models(count, sizes):
+    with torch.device('meta'):                                          # shapes alone, no memory
+        assert sum(p.numel() for p in MiniMind(MiniMindConfig(**sizes)).parameters()) == count
+
+
+@pytest.mark.parametrize('kind', [dict(), MOE], ids=['dense', 'moe'])
+def test_the_future_changes_nothing(kind):
+    model, x = tiny(**kind), tokens()
+    y = x.clone()
+    y[:, 15:] = (y[:, 15:] + 1) % 64
+    torch.testing.assert_close(model(x)[0][:, :15], model(y)[0][:, :15])
+
+
+@pytest.mark.parametrize('kind', [dict(), dict(num_key_value_heads=1), MOE], ids=['gqa', 'mqa', 'moe'])
+@pytest.mark.parametrize('pieces', [[24], [10, 14], [1] * 24, [5, 1, 1, 17]])
+def test_cached_is_uncached(kind, pieces):
+    model, x = tiny(**kind), tokens()
+    cache = model.make_cache(2, 24)
+    logits = torch.cat([model(piece, cache=cache)[0] for piece in x.split(pieces, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(x)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_padded_row_is_the_row_alone():
+    model, x = tiny(), tokens()
+    cache = model.make_cache(2, 24)
+    cache.padding = torch.tensor([0, 9])
+    logits = torch.cat([model(piece, cache=cache)[0] for piece in x.split([12, 1, 11], dim=1)], dim=1)
+    torch.testing.assert_close(logits[1:, 9:], model(x[1:, 9:])[0], atol=1e-4, rtol=1e-4)
+
+
+def test_packed_documents_are_documents_alone():
+    model, x = tiny(), tokens()
+    segments = torch.tensor([[0] * 5 + [1] * 12 + [2] * 7, [3] * 23 + [4]])
+    targets = x.clone()
+    logits, loss = model(x, targets, segments=segments)
+    total = 0
+    for row in range(2):
+        for document in segments[row].unique():
+            own = segments[row] == document
+            alone, own_loss = model(x[row, own][None], targets[row, own][None])
+            torch.testing.assert_close(logits[row, own], alone[0], atol=1e-4, rtol=1e-4)
+            total += own_loss * own.sum()
+    assert loss.item() == pytest.approx(total.item() / x.numel(), rel=1e-4)
+    torch.testing.assert_close(model(x, segments=torch.zeros_like(x))[0], model(x)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_too_long_is_refused():
+    with pytest.raises(ValueError, match='65 tokens exceed the context of 64'):
+        tiny()(tokens(T=65))
+    with pytest.raises(ValueError, match='larger than the context'):
+        tiny().make_cache(1, 65)
+
+
+@pytest.mark.parametrize('changes, name', [
+    (dict(hidden_size=30), 'num_attention_heads'), (dict(num_key_value_heads=3), 'num_key_value_heads'),
+    (dict(head_dim=7), 'head_dim'), (dict(use_moe=True, num_experts_per_tok=5), 'num_experts_per_tok'),
+    (dict(use_moe=True, moe_intermediate_size=20), 'moe_intermediate_size')])
+def test_impossible_sizes_are_named(changes, name):
+    with pytest.raises(ValueError, match=name):
+        MiniMindConfig(**{**TINY, **changes})
+
+
+# ---- transformers (chapter II-7) ----
+
+def same_logits(ours, theirs, x):
+    """Whether the two agree on x, in one piece and with transformers' own cache."""
+    with torch.no_grad():
+        expected = theirs(x).logits
+        torch.testing.assert_close(ours(x)[0], expected, atol=1e-4, rtol=1e-4)
+        cache, past = ours.make_cache(len(x), x.size(1)), None
+        for piece in x.split([15, 1, 8], dim=1):
+            out = theirs(piece, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            torch.testing.assert_close(ours(piece, cache=cache)[0], out.logits, atol=1e-4, rtol=1e-4)
+
+
+KINDS = {
+    'Llama': dict(), 'Llama-multi-head': dict(num_key_value_heads=4), 'Llama-yarn': dict(rope_scaling=YARN),
+    'Llama-untied': dict(tie_word_embeddings=False), 'Qwen3': dict(qk_norm=True, head_dim=16),
+    'Qwen3-yarn': dict(qk_norm=True, rope_scaling=dict(YARN, attention_factor=1.1, beta_fast=8, beta_slow=2)),
+    'Qwen3Moe': dict(MOE, num_experts_per_tok=2), 'Qwen3Moe-top1': dict(MOE, num_experts_per_tok=1),
+    'Qwen3Moe-not-renormalised': dict(MOE, norm_topk_prob=False)}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_transformers_computes_the_same(kind, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    ours = tiny(**KINDS[kind])
+    ours.save_pretrained(tmp_path / 'ours', eos_token_id=2)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours', dtype=torch.float32).eval()
+    assert type(theirs).__name__ == kind.split('-')[0] + 'ForCausalLM'
+    same_logits(ours, theirs, tokens())
+    # and back, from what transformers writes; other weights, so that nothing can be left over
+    for p in theirs.parameters():
+        nn.init.normal_(p, mean=float(p.dim() == 1), std=0.2)
+    theirs.save_pretrained(tmp_path / 'theirs')
+    again = MiniMind.from_pretrained(str(tmp_path / 'theirs'))
+    same_logits(again, theirs, tokens())
+    assert asdict(again.config) == {**asdict(ours.config), 'rope_scaling': again.config.rope_scaling,
+                                    'router_aux_loss_coef': again.config.router_aux_loss_coef}
+
+
+def test_stacked_experts_load_too(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    ours = tiny(**MOE)
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    state = theirs.state_dict()                         # since transformers 5, with experts stacked
+    (tmp_path / 'model.safetensors').unlink(missing_ok=True)
+    torch.save(state, tmp_path / 'pytorch_model.bin')
+    same_logits(MiniMind.from_pretrained(str(tmp_path)), theirs, tokens())
+
+
+def test_yarn_frequencies_are_transformers(tmp_path):
+    utils = pytest.importorskip('transformers.modeling_rope_utils')
+    from transformers import LlamaConfig
+    scaling = dict(YARN, factor=16.0, original_max_position_embeddings=2048, beta_fast=32, beta_slow=1)
+    config = MiniMindConfig(max_position_embeddings=32768, rope_scaling=scaling)
+    theirs = LlamaConfig(hidden_size=512, num_attention_heads=8, max_position_embeddings=32768,
+                         rope_parameters=dict(scaling, rope_theta=1e6))
+    frequencies, factor = utils.ROPE_INIT_FUNCTIONS['yarn'](theirs, torch.device('cpu'))
+    cos, sin = rope_table(config)
+    for position in (1, 100, 30000):
+        angles = position * frequencies.double()
+        torch.testing.assert_close(cos[position, :32].double(), angles.cos() * factor, atol=5e-3, rtol=0)
+        torch.testing.assert_close(sin[position, :32].double(), angles.sin() * factor, atol=5e-3, rtol=0)
+    # the fastest pair keeps its frequency, the slowest is slowed down by the whole factor
+    plain = rope_table(MiniMindConfig(max_position_embeddings=64))[1]
+    grow = 0.1 * math.log(16) + 1
+    assert sin[1, 0].item() == pytest.approx(plain[1, 0].item() * grow, rel=1e-5)
+    assert sin[16, 31].item() == pytest.approx(plain[1, 31].item() * grow, rel=1e-3)
+
+
+def test_a_longer_context_keeps_the_trained_length(tmp_path):
+    model = tiny()
+    model.extend_context(4)
+    assert model.config.context == 256 and model.config.rope_scaling['original_max_position_embeddings'] == 64
+    x = tokens(T=200)
+    assert model(x)[0].isfinite().all()
+    model.save_pretrained(tmp_path)
+    again = MiniMind.from_pretrained(str(tmp_path))
+    assert again.config == model.config
+    torch.testing.assert_close(again(x)[0], model(x)[0])
+    with pytest.raises(ValueError, match='extended already'):
+        model.extend_context(2)
+
+
+# ---- MiniMind's own checkpoints ----
+
+OFFICIAL = {
+    'full_sft_512.pth': dict(num_attention_heads=8, head_dim=4, rms_norm_eps=1e-5),
+    'full_sft_640_moe.pth': dict(num_attention_heads=8, head_dim=4, rms_norm_eps=1e-5, use_moe=True,
+                                 num_experts_per_tok=2, n_shared_experts=1),
+    'full_sft_768.pth': dict(num_attention_heads=4, qk_norm=True, rms_norm_eps=1e-6),
+    'full_sft_768_moe.pth': dict(num_attention_heads=4, qk_norm=True, rms_norm_eps=1e-6, use_moe=True,
+                                 num_experts_per_tok=1)}
+
+
+@pytest.mark.parametrize('name', OFFICIAL)
+def test_official_weights_load_by_name(name, tmp_path):
+    model = tiny(**OFFICIAL[name]).half()
+    state = model_minimind.unstack_experts(model.state_dict())          # MiniMind names experts one by one
+    assert 'lm_head.weight' in state and 'model.embed_tokens.weight' in state
+    # half precision, and the tables which old checkpoints carry
+    state.update({'model.freqs_cos': torch.ones(8, 4), 'model.freqs_sin': torch.zeros(8, 4)})
+    torch.save(state, tmp_path / name)
+    again, x = MiniMind.from_pretrained(str(tmp_path / name)), tokens()
+    for key, value in OFFICIAL[name].items():
+        assert getattr(again.config, key) == value, key
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert again.lm_head.weight.dtype == torch.float32
+    reference = tiny(**OFFICIAL[name])
+    reference.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
+    torch.testing.assert_close(again(x)[0], reference(x)[0])
+
+
+def test_the_config_of_minimind_itself(tmp_path):
+    """A folder as MiniMind's own PretrainedConfig writes it, second generation, with experts."""
+    model = tiny(use_moe=True, n_shared_experts=1, num_attention_heads=8)
+    torch.save(model_minimind.unstack_experts(model.state_dict()), tmp_path / 'pytorch_model.bin')
+    (tmp_path / 'config.json').write_text(json.dumps(dict(
+        model_type='minimind', architectures=['MiniMindForCausalLM'], hidden_act='silu', hidden_size=32,
+        intermediate_size=None, max_position_embeddings=64, num_attention_heads=8, num_hidden_layers=2,
+        num_key_value_heads=2, vocab_size=64, rms_norm_eps=1e-5, rope_theta=1000000.0, rope_scaling=None,
+        use_moe=True, num_experts_per_tok=2, n_routed_experts=4, n_shared_experts=1, scoring_func='softmax',
+        aux_loss_alpha=0.1, seq_aux=True, norm_topk_prob=True, flash_attn=True)))
+    again, x = MiniMind.from_pretrained(str(tmp_path)), tokens()
+    assert again.config.router_aux_loss_coef == 0.1
+    torch.testing.assert_close(again(x)[0], model(x)[0])
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    model = tiny()
+    state = model.state_dict()
+
+    def refused(match, weights=state, **config):
+        model.save_pretrained(tmp_path)
+        hf = json.loads((tmp_path / 'config.json').read_text())
+        (tmp_path / 'config.json').write_text(json.dumps({**hf, **config}))
+        (tmp_path / 'model.safetensors').unlink(missing_ok=True)
+        torch.save(weights, tmp_path / 'pytorch_model.bin')
+        with pytest.raises(ValueError, match=match) as e:
+            MiniMind.from_pretrained(str(tmp_path))
+        assert len(str(e.value).splitlines()) == 1
+
+    refused("'mistral'", model_type='mistral')
+    refused("attention_bias=True", attention_bias=True)
+    refused("scales RoPE", rope_scaling=dict(rope_type='llama3', factor=8))
+    refused(r'embed_tokens.weight is \(64, 32\)', vocab_size=65)
+    refused('has no place', {**state, 'model.extra': torch.ones(1)})
+    refused('norm.weight is missing', {k: v for k, v in state.items() if k != 'model.norm.weight'})
+    refused('should be one matrix', {**state, 'lm_head.weight': torch.zeros(64, 32)})
+    (tmp_path / 'text.pth').write_text('no weights')
+    with pytest.raises(ValueError, match='holds no weights'):
+        MiniMind.from_pretrained(str(tmp_path / 'text.pth'))
+    with pytest.raises(OSError, match='neither'):
+        MiniMind.from_pretrained(str(tmp_path / 'nowhere'))
+
+
+@pytest.mark.parametrize('kind, reason', [(dict(use_moe=True), 'without qk_norm'),
+                                          (dict(MOE, n_shared_experts=1), 'shared experts')])
+def test_what_transformers_cannot_compute_is_not_exported(kind, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        tiny(**kind).save_pretrained(tmp_path / 'hf')
+    assert not (tmp_path / 'hf').exists()
+
+
+def test_export_of_a_run(script, tmp_path, tokenizer):
+    transformers = pytest.importorskip('transformers')
+    model = tiny(vocab_size=tokenizer.vocab_size, qk_norm=True)
+    tokenizer.save(tmp_path / 'run')
+    save_checkpoint(Run(torch.device('cpu'), torch.float32, 0, 1), str(tmp_path / 'run'), step=1, settings={},
+                    tokenizer=tokenizer.fingerprint, model_type='minimind', model_config=asdict(model.config),
+                    model=model.state_dict())
+    script('model_minimind.py', '--out_dir=run', '--export_dir=hf', '--yarn_factor=2')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float32).eval()
+    model.extend_context(2)
+    same_logits(model, theirs, tokens())
+    assert theirs.generation_config.eos_token_id == [tokenizer.eot, tokenizer.im_end]
+    chat = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Who is <|im_end|>?\n'}]
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    text = auto.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ids = encode_chat(tokenizer, chat, add_generation_prompt=True)[0]
+    assert tokenizer.decode(ids) == text
+    chat[1]['content'] = 'Who reads the rules?\n'       # no special token typed in: equal ids too
+    ids = encode_chat(tokenizer, chat, add_generation_prompt=True)[0]
+    assert auto.apply_chat_template(chat, add_generation_prompt=True)['input_ids'] == ids
+    assert auto.encode('The keeper reads') == tokenizer.encode('The keeper reads')
+    assert '--export_dir' in script('model_minimind.py', '--out_dir=run', code=2).stderr
