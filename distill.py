@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from configurator import (HERE, MetricsLog, StopSignal, clock, configure, fail, learning_rate_at, make_folder,
                           restore_rng, save_checkpoint, start_run)
+from dpo import hidden_states
 from model_gpt2 import GPT2
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import data_folder, load_tokenizer, prepare_missing, read_labels, read_meta, read_split
@@ -128,15 +129,6 @@ def tag_weights(targets, tags, tag_weight):
         for i in range(len(ids)):
             weights[:, i:i + found.size(1)][found] = tag_weight
     return weights
-
-
-def hidden_states(model, wrapped, tokens, segments):
-    """What the output head is given, (B, T) -> (B, T, C). `wrapped` is the model under compile and DDP."""
-    head, model.lm_head = model.lm_head, torch.nn.Identity()
-    try:
-        return wrapped(tokens, segments=segments)[0]
-    finally:
-        model.lm_head = head
 
 
 # ---- report ----

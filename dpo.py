@@ -137,11 +137,11 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(chosen_reward - rejected_reward), chosen_reward, rejected_reward
 
 
-def hidden_states(model, wrapped, tokens):
+def hidden_states(model, wrapped, tokens, segments=None):
     """What the output head is given, (B, T) -> (B, T, C). `wrapped` is the model under compile and DDP."""
     head, model.lm_head = model.lm_head, torch.nn.Identity()
     try:
-        return wrapped(tokens)[0]
+        return wrapped(tokens, segments=segments)[0]
     finally:
         model.lm_head = head
 

@@ -224,8 +224,8 @@ def load_run(source, device='cpu'):
             if tokenizer.fingerprint != checkpoint['tokenizer']:
                 fail(f"{source} holds another tokenizer than its model was trained with")
             if 'adapters' in checkpoint:
-                from lora import load_adapted       # here, as lora.py itself imports load_run
-                model, _ = load_adapted(source, checkpoint)
+                from lora import load_adapted, merge        # here, as lora.py itself imports load_run
+                model = merge(load_adapted(source, checkpoint)[0])
             else:
                 gpt2 = checkpoint['model_type'] == 'gpt2'
                 model = (GPT2(GPT2Config(**checkpoint['model_config'])) if gpt2 else

@@ -201,6 +201,10 @@ def test_a_run_in_many_ways(script, pairs_folder, run_folder, tmp_path):
     # nor does it matter when the reference is computed
     live = script('dpo.py', '--out_dir=live', *start, '--cache_reference=False')
     assert losses == pytest.approx(numbers(r'loss (\S+)', live.stdout), abs=2e-4)
+    # two ranks are one
+    two = script('dpo.py', '--out_dir=two', *start, '--batch_size=2', '--gradient_accumulation_steps=2',
+                 '--max_iters=5', torchrun=2)
+    assert losses[:5] == pytest.approx(numbers(r'loss (\S+)', two.stdout)[:5], abs=2e-4)
     # 4 + 8 steps are 12
     script('dpo.py', '--out_dir=parts', *start, '--max_iters=4')
     script('dpo.py', '--out_dir=parts', '--init_from=resume', '--max_iters=12')

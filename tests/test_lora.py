@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 from conftest import numbers
-from lora import adapter_state, adapters, inject, load_adapter_state, merge, read_peft, write_peft
+from lora import (adapter_state, adapters, inject, load_adapted, load_adapter_state, merge, read_peft,
+                  write_peft)
 from model_minimind import MiniMind, MiniMindConfig
 from sample import load_run
 
@@ -160,15 +161,15 @@ def test_a_run_its_folder_and_the_merged_model(script, chats_folder, run_folder,
     assert 'model' not in saved and (tmp_path / 'a' / 'ckpt.pt').stat().st_size < len(before) * 1.5
     assert (run_folder / 'ckpt.pt').read_bytes() == before
 
-    adapted, _, _ = load_run(str(tmp_path / 'a'))
+    adapted, _ = load_adapted(str(tmp_path / 'a'), saved)
     script('sample.py', '--out_dir=a', '--max_new_tokens=3')
     script('lora.py', '--out_dir=a', '--merge_to=merged', '--to_peft=peft')
     merged, _, _ = load_run(str(tmp_path / 'merged'))
     assert (merged(tokens)[0] - adapted(tokens)[0]).abs().max() < 1e-5
     script('sample.py', '--out_dir=merged', '--max_new_tokens=3')
     script('lora.py', '--from_peft=peft', f'--init_from={run_folder}', '--out_dir=again')
-    again, _, _ = load_run(str(tmp_path / 'again'))
-    assert torch.equal(again(tokens)[0], adapted(tokens)[0])
+    again, plain = load_run(str(tmp_path / 'again'))[0], load_run(str(tmp_path / 'a'))[0]
+    assert torch.equal(again(tokens)[0], plain(tokens)[0]) and not adapters(plain)
 
     for arguments, words in ((['--out_dir=merged', '--merge_to=twice'], 'merged already'),
                              (['--init_from=a', *FAST], 'merge them first'),
