@@ -104,7 +104,8 @@ def inject(model, rank, alpha, dropout=0.0, targets='all'):
     """Put an adapter on every linear layer with a name in `targets`, in place, and freeze everything else.
 
     targets  'all', or last names of layers with commas between: 'q_proj,o_proj' are the chapter's, which
-             takes whatever is square. Named, they stay the same layers in a model of other shapes.
+             takes whatever is square. Named, they stay the same layers in a model of other shapes. A
+             mixture's experts are stacks and no linear layers: they stay frozen.
     ValueError where a name fits no layer, or the model has adapters already.
     """
     if adapters(model):

@@ -7,6 +7,7 @@ import torch
 from conftest import numbers
 from lora import (adapter_state, adapters, inject, load_adapted, load_adapter_state, merge, read_peft,
                   write_peft)
+from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from sample import load_run
 
@@ -117,6 +118,18 @@ def test_peft_loads_what_is_exported(tokens, tmp_path):
     model = trained(inject(small_model(), rank=4, alpha=8, dropout=0.1))
     write_peft(model, tmp_path, base='somewhere', model_type='minimind')
     theirs = peft.PeftModel.from_pretrained(twin, tmp_path).eval()
+    torch.testing.assert_close(theirs(tokens).logits, model(tokens)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_peft_loads_what_is_exported_for_gpt2(tokens, tmp_path):
+    """GPT-2's layers are wide (c_attn), twice of one name (c_proj), and transposed in Hugging Face's layout."""
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    model = GPT2(GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval()
+    model.save_pretrained(tmp_path / 'base')
+    twin = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'base').eval()
+    trained(inject(model, rank=4, alpha=8))
+    write_peft(model, tmp_path / 'peft', base='somewhere', model_type='gpt2')
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path / 'peft').eval()
     torch.testing.assert_close(theirs(tokens).logits, model(tokens)[0], atol=1e-5, rtol=1e-4)
 
 
