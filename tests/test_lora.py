@@ -122,7 +122,7 @@ def test_peft_loads_what_is_exported(tokens, tmp_path):
 
 
 def test_peft_loads_what_is_exported_for_gpt2(tokens, tmp_path):
-    """GPT-2's layers are wide (c_attn), twice of one name (c_proj), and transposed in Hugging Face's layout."""
+    """Its layers are wide (c_attn), of one name twice (c_proj), and transposed in Hugging Face's layout."""
     peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
     model = GPT2(GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval()
     model.save_pretrained(tmp_path / 'base')
