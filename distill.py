@@ -186,6 +186,7 @@ if __name__ == '__main__':
     prepare_missing(run, dataset, tokens_of)
     words = words or load_tokenizer(data_folder(dataset))
     if source == 'scratch':
+        torch.manual_seed(seed)                     # the same student, whoever teaches it
         try:
             model = MiniMind(MiniMindConfig(
                 vocab_size=guide.config.vocab_size if teacher else words.vocab_size, hidden_size=n_embd,

@@ -137,9 +137,12 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(chosen_reward - rejected_reward), chosen_reward, rejected_reward
 
 
+NO_HEAD = torch.nn.Identity()
+
+
 def hidden_states(model, wrapped, tokens, segments=None):
     """What the output head is given, (B, T) -> (B, T, C). `wrapped` is the model under compile and DDP."""
-    head, model.lm_head = model.lm_head, torch.nn.Identity()
+    head, model.lm_head = model.lm_head, NO_HEAD
     try:
         return wrapped(tokens, segments=segments)[0]
     finally:
