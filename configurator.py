@@ -14,6 +14,7 @@ A mistake of the user ends in one line on stderr and exit code 2, through `fail`
 """
 import ast
 import difflib
+import hashlib
 import io
 import json
 import math
@@ -251,6 +252,15 @@ def save_checkpoint(run, out_dir, **state):
             f.flush()
             os.fsync(f.fileno())                        # on the disk before the old file is given up
         os.replace(path + '.tmp', path)
+
+
+def fingerprint(state):
+    """16 hex digits of a state dict's names, shapes and numbers: are these the weights they should be?"""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_checkpoint(out_dir):

@@ -7,9 +7,12 @@ Text <-> token arrays: load a tokenizer, tokenise documents and conversations, w
     python prepare.py --input=corpus.jsonl --tokenizer=gpt2 --on_error=skip      # {"text": ...} a line
     python prepare.py --input=chats.jsonl --debug_mask      # conversations: look at the first one, then stop
     python prepare.py --input=mail.csv                      # label and text -> train, val and test by label
+    python prepare.py --dataset=pydoc_dpo                   # the other sets that need no network: pydoc_sft,
+                                                            # pydoc_dpo, reason and spam
 
 The records say what they are for. Text is for pretraining, {"conversations": [{"role", "content"}, ...]} (or
-"messages") and {"instruction", "input", "output"} for instruction tuning, tables of label and text for
+"messages") and {"instruction", "input", "output"} for instruction tuning, {"chosen", "rejected"} for
+preferences (two conversations, or two answers to an "instruction"), tables of label and text for
 classification. A data set is a folder: for each of train and val (held out) three arrays, documents laid
 end to end,
 
@@ -19,8 +22,9 @@ end to end,
 
 then meta.json, and the tokenizer that made it. The arrays are read with mmap_mode='r', so memory stays flat
 however large the corpus. Text ends in <|endoftext|> and is target throughout; of a conversation, what the
-assistant says is (encode_chat); of a labelled text, the last token alone, where the classifier reads, and
-train_labels.npy holds the label's number. (Tutorial chapters I-1, I-7, I-8, II-8 and II-9.)
+assistant says is (encode_chat); a pair is two documents, chosen and rejected, and their last answers are
+(encode_pair); of a labelled text, the last token alone, where the classifier reads, and train_labels.npy
+holds the label's number. (Tutorial chapters I-1, I-7, I-8 and II-8 to II-12.)
 """
 import ast
 import codecs
@@ -30,6 +34,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -82,7 +87,8 @@ DOWNLOADS = {
                         urls=[f'https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/{INSTRUCTION}',
                               f'https://cdn.jsdelivr.net/gh/rasbt/LLMs-from-scratch@main/{INSTRUCTION}']),
 }
-BUILT_IN = dict(pydoc='pretrain', pydoc_sft='sft', spam='cls',      # sets that prepare.py makes: their task
+# The sets that need no file from the user, and their task.
+BUILT_IN = dict(pydoc='pretrain', pydoc_sft='sft', pydoc_dpo='dpo', reason='sft', spam='cls',
                 verdict='pretrain', shakespeare='pretrain', sms_spam='cls', instruction='sft')
 DOWNLOADED = os.path.join(HERE, 'data', 'downloads')
 
@@ -250,6 +256,18 @@ def alpaca(tokenizer, messages, add_generation_prompt):
         yield opening, 0
 
 
+def encode_pair(tokenizer, messages, rejected):
+    """Two answers to one prompt -> [(ids, mask), (ids, mask)] of chosen and rejected (chapter II-10).
+
+    messages  a conversation that ends in the chosen answer; rejected takes its place in the second
+    The prompt is tokenised once, and only the last answer is target: turns before it are the same in both.
+    """
+    prompt, _ = encode_chat(tokenizer, messages[:-1], add_generation_prompt=True)
+    end = tokenizer.eot if tokenizer.im_end is None else tokenizer.im_end
+    answers = [[*tokenizer.encode(text.strip()), end] for text in (messages[-1]['content'], rejected)]
+    return [(prompt + answer, [0] * len(prompt) + [1] * len(answer)) for answer in answers]
+
+
 def print_mask(tokenizer, ids, mask):
     """The mask table: each token of a document, and whether it is a target of the loss."""
     print("position      id  target  token")
@@ -283,6 +301,7 @@ class Piece(NamedTuple):
     progress: float         # how much of the source has been read, 0 to 1
     messages: tuple = ()    # of a conversation, as encode_chat takes them
     label: int = -1         # of labelled text
+    rejected: str = ''      # of a pair, the answer to reject; its messages end in the chosen one
 
 
 def read_documents(source='', val_fraction=0.05, on_error='stop'):
@@ -581,12 +600,34 @@ def messages_of(record):
     return tuple(messages)
 
 
+def pair_of(record):
+    """(conversation that ends in the chosen answer, rejected answer) of a record: two conversations, or two
+    answers to an instruction."""
+    if not isinstance(record[fields_of(record, 'chosen')], list):
+        answers = {key: check_text(record[fields_of(record, key)], f'"{key}"')
+                   for key in ('chosen', 'rejected')}
+        sides = {key: messages_of({**record, 'output': answer}) for key, answer in answers.items()}
+    else:
+        sides = {}
+        for key in ('chosen', 'rejected'):
+            try:
+                sides[key] = messages_of(dict(messages=record[fields_of(record, key)]))
+            except ValueError as e:
+                raise ValueError(f'"{key}": {e}') from None
+    (*prompt, chosen), (*other, rejected) = sides['chosen'], sides['rejected']
+    if prompt != other:
+        raise ValueError('"chosen" and "rejected" answer different prompts')
+    if chosen['content'].strip() == rejected['content'].strip():
+        raise ValueError('"chosen" and "rejected" are the same answer')
+    return sides['chosen'], rejected['content']
+
+
 def label_and_text(row):
     """(label, text) of a table's row."""
     return check_text(row[0], 'the label').strip(), check_text(row[1], 'the text').strip()
 
 
-TASK_OF_FIELD = dict(text='pretrain', conversations='sft', messages='sft', instruction='sft')
+TASK_OF_FIELD = dict(chosen='dpo', text='pretrain', conversations='sft', messages='sft', instruction='sft')
 
 
 def task_of(source, on_error='stop'):
@@ -610,6 +651,17 @@ def read_conversations(source='', val_fraction=0.05, on_error='stop'):
         question = next(m for m in messages if m['role'] == 'user')
         split = side(question['content'] + question.get('input', ''), val_fraction)
         yield conversation(split, messages, progress)
+
+
+def read_pairs(source='', val_fraction=0.05, on_error='stop'):
+    """Yield the pairs of a source ('' is pydoc_dpo) as Pieces, held out by a hash of the question."""
+    if not source:
+        yield from pydoc_dpo(val_fraction)
+        return
+    for _, (messages, rejected), progress in read_records(source, pair_of, on_error):
+        question = next(m for m in messages if m['role'] == 'user')
+        split = side(question['content'] + question.get('input', ''), val_fraction)
+        yield conversation(split, messages, progress)._replace(rejected=rejected)
 
 
 def conversation(split, messages, progress):
@@ -717,6 +769,17 @@ PYDOC_QUESTIONS = dict(
     follow_up=["And which parameters does it take?", "List its parameters.", "What do I have to pass?"])
 
 
+def pick_of(title):
+    """A number for a title: random, yet always the same."""
+    return int(hashlib.sha256(title.encode()).hexdigest()[:8], 16)
+
+
+def pydoc_question(form, title):
+    """A user's question about a title, in one of the wordings of its form."""
+    forms, kind = PYDOC_QUESTIONS[form], title.split()[0].replace('def', 'function')
+    return dict(role='user', content=forms[pick_of(title) % len(forms)].format(kind=kind, title=title))
+
+
 def pydoc_sft(val_fraction):
     """Conversations about what pydoc reads: what a thing is for (the first paragraph of its docstring), and
     the parameters of a function. One in four opens with a system message. What pydoc holds out is held out
@@ -725,20 +788,14 @@ def pydoc_sft(val_fraction):
         summary = ' '.join(doc.split('\n\n')[0].split())
         if not 10 < len(summary) <= 300:
             continue
-        kind = title.split()[0].replace('def', 'function')
-        pick = int(hashlib.sha256(title.encode()).hexdigest()[:8], 16)      # random, yet always the same
-
-        def ask(form, pick=pick, kind=kind, title=title):
-            forms = PYDOC_QUESTIONS[form]
-            return dict(role='user', content=forms[pick % len(forms)].format(kind=kind, title=title))
-
-        names = parameters(title) if kind == 'function' else ''
+        pick = pick_of(title)
+        names = parameters(title) if title.startswith('def ') else ''
         listed = dict(role='assistant', content=names)
-        messages = [ask('purpose'), dict(role='assistant', content=summary)]
+        messages = [pydoc_question('purpose', title), dict(role='assistant', content=summary)]
         if names and pick // 7 % 3 == 1:
-            messages += [ask('follow_up'), listed]
+            messages += [pydoc_question('follow_up', title), listed]
         elif names and pick // 7 % 3 == 2:
-            messages = [ask('parameters'), listed]
+            messages = [pydoc_question('parameters', title), listed]
         if pick // 11 % 4 == 0:
             messages.insert(0, dict(role='system', content=PYDOC_SYSTEM))
         yield conversation(side(doc, val_fraction), messages, progress)
@@ -749,6 +806,91 @@ def parameters(title):
     args = ast.parse(title + ': pass').body[0].args
     names = [a.arg for a in (*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg) if a]
     return ', '.join(names[names[:1] in (['self'], ['cls']):])
+
+
+def pydoc_dpo(val_fraction):
+    """Pairs about what pydoc_sft asks of functions: what is this one for? Chosen is its own summary, rejected
+    another function's of about the same length, each used once as either. So neither length nor style tells
+    them apart: only the question does."""
+    functions = {}
+    for title, doc, progress in docstrings():
+        summary = ' '.join(doc.split('\n\n')[0].split())
+        if title.startswith('def ') and 10 < len(summary) <= 300:
+            functions.setdefault(summary, (side(doc, val_fraction), title, progress))
+    for split in ('train', 'val'):
+        ordered = sorted((s for s in functions if functions[s][0] == split), key=lambda s: (len(s), s))
+        for chosen, rejected in zip(ordered, ordered[1:] + ordered[:1]):
+            _, title, progress = functions[chosen]
+            messages = pydoc_question('purpose', title), dict(role='assistant', content=chosen)
+            yield conversation(split, messages, progress)._replace(rejected=rejected)
+
+
+# Arithmetic word problems: the question; its steps, "what it is: x op y", where r1 is the first one's result;
+# the ranges of its numbers.
+REASON_TEMPLATES = [
+    ('{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?',
+     ['all {things}: {a} + {b}'], dict(a=(2, 50), b=(2, 50))),
+    ('{name} has {a} {things} and gives {b} of them to {friend}. How many {things} are left?',
+     ['{things} left: {a} - {b}'], dict(a=(30, 80), b=(2, 29))),
+    ('There are {a} boxes with {b} {things} in each. How many {things} are there?',
+     ['{things} in the boxes: {a} * {b}'], dict(a=(2, 12), b=(2, 12))),
+    ('{name} buys {a} bags of {b} {things} and finds {c} more. How many {things} are that?',
+     ['in the bags: {a} * {b}', 'with those found: {r1} + {c}'], dict(a=(2, 10), b=(2, 10), c=(2, 30))),
+    ('{name} has {a} {things}, {friend} has {b} more than {name}. How many {things} do they have together?',
+     ['{friend} has: {a} + {b}', 'together: {a} + {r1}'], dict(a=(2, 40), b=(2, 20))),
+    ('A shop has {a} {things}. It sells {b} in the morning and {c} in the evening. How many {things} remain?',
+     ['after the morning: {a} - {b}', 'after the evening: {r1} - {c}'],
+     dict(a=(50, 99), b=(2, 25), c=(2, 24))),
+    ('{name} puts {a} {things} into each of {b} boxes and has {c} left over. '
+     'How many {things} were there at first?',
+     ['in the boxes: {b} * {a}', 'at first: {r1} + {c}'], dict(a=(2, 10), b=(2, 10), c=(1, 9))),
+    ('One of the {things} costs {a} coins. {name} buys {b} of them and pays with {c} coins. '
+     'How many coins does {name} get back?',
+     ['the price: {b} * {a}', 'coins back: {c} - {r1}'], dict(a=(2, 9), b=(2, 9), c=(82, 99))),
+    ('{name} reads {a} pages a day for {b} days, then {c} pages on the last day. How many pages are that?',
+     ['pages before the last day: {b} * {a}', 'all pages: {r1} + {c}'],
+     dict(a=(2, 10), b=(2, 10), c=(2, 30))),
+    ('{name} has {a} {things}, loses {b} of them, then finds {c}. How many {things} does {name} have now?',
+     ['after the loss: {a} - {b}', 'after the find: {r1} + {c}'], dict(a=(30, 60), b=(2, 29), c=(2, 30))),
+]
+REASON_HELD_OUT = [             # other words for operations that are trained
+    ('{friend} had {a} {things} and took {b} from {name}. How many {things} does {friend} have now?',
+     ['all {things}: {a} + {b}'], dict(a=(2, 50), b=(2, 50))),
+    ('In {a} rows stand {b} {things} each; {c} of them are broken. How many {things} are whole?',
+     ['{things} in the rows: {a} * {b}', 'whole {things}: {r1} - {c}'],
+     dict(a=(4, 10), b=(4, 10), c=(2, 15))),
+]
+REASON_NAMES = ('Ann', 'Ben', 'Carl', 'Dora', 'Emil', 'Fay', 'Gus', 'Hana', 'Ivo', 'June')
+REASON_THINGS = ('apples', 'books', 'cards', 'eggs', 'keys', 'marbles', 'pens', 'shells', 'stamps', 'stones')
+REASON_LABELS = ['new numbers', 'new template']
+CALCULATE = {'+': int.__add__, '-': int.__sub__, '*': int.__mul__}
+
+
+def reason(val_fraction, count=6000):
+    """Word problems whose answers show their work: the steps in <think>, "what it is: x op y = z", and the
+    last z in <answer> (chapter II-12). Held out twice over, and labelled so: numbers that no training problem
+    brings together, and templates that no training problem is made of."""
+    rng, asked = random.Random(1337), set()
+    while len(asked) < count:
+        label = int(rng.random() < val_fraction)
+        question, steps, ranges = rng.choice(REASON_HELD_OUT if label else REASON_TEMPLATES)
+        values = {key: rng.randint(*bounds) for key, bounds in ranges.items()}
+        split = 'val' if label else side(' '.join(map(str, values.values())), val_fraction)
+        name, friend = rng.sample(REASON_NAMES, 2)
+        values.update(name=name, friend=friend, things=rng.choice(REASON_THINGS))
+        worked = []
+        for step in steps:
+            step = step.format(**values)
+            x, op, y = step.split(': ')[1].split()
+            result = CALCULATE[op](int(x), int(y))
+            worked.append(f"{step} = {result}\n")
+            values[f'r{len(worked)}'] = result
+        question = question.format(**values)
+        if question not in asked:
+            asked.add(question)
+            answer = f"<think>\n{''.join(worked)}</think>\n<answer>\n{result}\n</answer>"
+            messages = dict(role='user', content=question), dict(role='assistant', content=answer)
+            yield conversation(split, messages, len(asked) / count)._replace(label=label)
 
 
 # ---- prepared data ----
@@ -814,14 +956,18 @@ def read_labels(name, split):
 
 
 def encode_pieces(tokenizer, pieces, task):
-    """The (ids, mask) of each Piece, as its task wants them."""
-    if task == 'sft':
-        return [encode_chat(tokenizer, p.messages) for p in pieces]
-    encoded = []
-    for piece, ids in zip(pieces, tokenizer.encode_batch([p.text for p in pieces])):
-        ids = ids + [tokenizer.eot] * piece.ends_document
-        encoded.append((ids, [1] * len(ids) if task == 'pretrain' else [0] * (len(ids) - 1) + [1]))
-    return encoded
+    """Yield (Piece, ids, mask) as the task wants them; a pair gives two, chosen and rejected in turn."""
+    if task == 'dpo':
+        for piece in pieces:
+            for ids, mask in encode_pair(tokenizer, piece.messages, piece.rejected):
+                yield piece, ids, mask
+    elif task == 'sft':
+        for piece in pieces:
+            yield piece, *encode_chat(tokenizer, piece.messages)
+    else:
+        for piece, ids in zip(pieces, tokenizer.encode_batch([p.text for p in pieces])):
+            ids = ids + [tokenizer.eot] * piece.ends_document
+            yield piece, ids, [1] * len(ids) if task == 'pretrain' else [0] * (len(ids) - 1) + [1]
 
 
 def write_data(folder, tokenizer, pieces, source, task='pretrain', labels=()):
@@ -840,7 +986,7 @@ def write_data(folder, tokenizer, pieces, source, task='pretrain', labels=()):
         w.offsets.append([0])
 
     def flush(batch):
-        for piece, (ids, mask) in zip(batch, encode_pieces(tokenizer, batch, task)):
+        for piece, ids, mask in encode_pieces(tokenizer, batch, task):
             w, count = writers[piece.split], counts[piece.split]
             w.tokens.append(ids)
             w.mask.append(mask)
@@ -918,15 +1064,20 @@ if __name__ == '__main__':
     task, labels = task_of(input, on_error) if input else BUILT_IN[name], ()
     if task == 'cls':
         pieces, labels = read_labelled(input, balance, seed, on_error)
+    elif task == 'dpo':
+        pieces = read_pairs(input, val_fraction, on_error)
+    elif name == 'reason' and not input:
+        pieces, labels = reason(val_fraction), REASON_LABELS
     elif task == 'sft':
         pieces = read_conversations(input, val_fraction, on_error)
     else:
         pieces = read_documents(input, val_fraction, on_error)
     if debug_mask:
-        print_mask(words, *encode_pieces(words, [next(iter(pieces))], task)[0])
+        for _, ids, mask in encode_pieces(words, [next(iter(pieces))], task):
+            print_mask(words, ids, mask)
         sys.exit()
     meta = write_data(folder, words, pieces, input or name, task, labels)
-    for split in ('train', 'val', 'test')[:3 if labels else 2]:
+    for split in ('train', 'val', 'test')[:3 if task == 'cls' else 2]:
         m = meta[split]
         print(f"{split:5} {m['documents']:9,} documents {m['tokens']:13,} tokens {m['bytes']:14,} bytes "
               f"{m['bytes'] / m['tokens']:5.2f} bytes/token")

@@ -229,11 +229,14 @@ def load_run(source, device='cpu'):
                 fail(f"{source} holds another tokenizer than its model was trained with")
             if 'labels' in checkpoint:
                 fail(f"{source} is a classifier: `python finetune_cls.py --out_dir={source} --classify=TEXT`")
-            if checkpoint['model_type'] == 'gpt2':
-                model = GPT2(GPT2Config(**checkpoint['model_config']))
+            if 'adapters' in checkpoint:
+                from lora import load_adapted, merge        # here, as lora.py itself imports load_run
+                model = merge(load_adapted(source, checkpoint)[0])
             else:
-                model = MiniMind(MiniMindConfig(**checkpoint['model_config']))
-            model.load_state_dict(checkpoint['model'])
+                gpt2 = checkpoint['model_type'] == 'gpt2'
+                model = (GPT2(GPT2Config(**checkpoint['model_config'])) if gpt2 else
+                         MiniMind(MiniMindConfig(**checkpoint['model_config'])))
+                model.load_state_dict(checkpoint['model'])
     except (OSError, ValueError, ImportError) as e:     # what from_pretrained raises
         fail(str(e))
     if tokenizer.vocab_size > model.config.vocab_size:

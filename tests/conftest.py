@@ -129,3 +129,20 @@ def same_random_numbers():
 def numbers(pattern, text):
     """All numbers that stand where the pattern has (...), as floats: numbers('loss (.+?) ', output)."""
     return [float(n.replace(',', '')) for n in re.findall(pattern, text)]
+
+
+@pytest.fixture(scope='session')
+def run_folder(tokenizer, tmp_path_factory):
+    """The folder of a run: a MiniMind of two layers and a context of 128, with weights as they are drawn."""
+    from dataclasses import asdict
+
+    from configurator import save_checkpoint, start_run
+    from model_minimind import MiniMind, MiniMindConfig
+    torch.manual_seed(1)
+    model = MiniMind(MiniMindConfig(vocab_size=tokenizer.vocab_size, hidden_size=64, num_hidden_layers=2,
+                                    num_attention_heads=4, max_position_embeddings=128))
+    folder = tmp_path_factory.mktemp('run')
+    tokenizer.save(folder)
+    save_checkpoint(start_run('cpu'), folder, step=0, settings={}, tokenizer=tokenizer.fingerprint,
+                    model_type='minimind', model_config=asdict(model.config), model=model.state_dict())
+    return folder

@@ -1,0 +1,10 @@
+# Black box distillation: the model of out/sft learns from answers that show their work (chapter II-12).
+#     python distill.py config/reason.py
+out_dir = 'out/reason'
+init_from = 'out/sft'
+teacher = ''
+dataset = 'reason'
+learning_rate = 1e-3
+min_lr = 1e-4
+max_iters = 200
+report_size = 200

@@ -1,0 +1,206 @@
+"""distill.py: the loss is its formula whatever the chunks, and a tag weighs what it should."""
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, TEXT, numbers
+from distill import TAGS, chunked_loss, distillation_loss, parse_answer, tag_weights
+from prepare import REASON_NAMES, REASON_TEMPLATES, REASON_THINGS, Tokenizer, load_tokenizer, reason
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from train_tokenizer import train_bpe
+
+N, V = 500, 300
+
+
+@pytest.fixture
+def batch():
+    """hidden states and heads of student and teacher, targets, weights"""
+    return dict(head=torch.nn.Linear(16, V), hidden=torch.randn(N, 16, requires_grad=True),
+                teacher_head=torch.nn.Linear(24, V).requires_grad_(False), teacher_hidden=torch.randn(N, 24),
+                targets=torch.randint(V, (N,)), weights=torch.rand(N))
+
+
+def test_loss_is_the_formula():
+    """Every sum written out: KL(p || q) = sum p (log p - log q), both at temperature 2."""
+    student, teacher = torch.randn(2, 6, 5) * 2
+    targets, weights = torch.tensor([0, 4, 2, 2, 1, 3]), torch.tensor([1., 1, 10, 1, 1, 10])
+    loss, ce, kl = distillation_loss(student, teacher, targets, weights, alpha=0.3, temperature=2.0)
+    wanted_ce = [-torch.log(row.exp()[y] / row.exp().sum()) for row, y in zip(student, targets)]
+    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
+    wanted_kl = sum(p[i, v] * (p[i, v] / q[i, v]).log() for i in range(6) for v in range(5))
+    torch.testing.assert_close(ce, sum(wanted_ce))
+    torch.testing.assert_close(kl, wanted_kl)
+    weighted = sum(w * c for w, c in zip(weights, wanted_ce))
+    torch.testing.assert_close(loss, 0.3 * weighted + 0.7 * 4 * wanted_kl)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
+    logits = torch.randn(6, 5, requires_grad=True)
+    ones = torch.ones(6)
+    loss = distillation_loss(logits, logits.detach(), torch.zeros(6, dtype=torch.long), ones, 0.0, 2.0)[0]
+    loss.backward()
+    assert loss.abs() < 1e-6 and logits.grad.abs().max() < 1e-6
+
+
+def test_temperature_squared_keeps_the_gradients_size():
+    """d KL / d logits is (q - p) / T, and p and q differ 1/T as much: without T^2 it would vanish."""
+    student, teacher = torch.randn(2, 200, 50) * 0.1
+    sizes = []
+    for temperature in (1.0, 4.0):
+        x = student.clone().requires_grad_()
+        distillation_loss(x, teacher, torch.zeros(200, dtype=torch.long), torch.ones(200), 0.0,
+                          temperature)[0].backward()
+        sizes.append(x.grad.norm())
+    assert 0.9 < sizes[1] / sizes[0] < 1.1
+
+
+@pytest.mark.parametrize('with_teacher', [True, False])
+def test_chunks_change_nothing(batch, with_teacher):
+    if not with_teacher:
+        batch.update(teacher_head=None, teacher_hidden=None)
+    results = []
+    for size in (N, 70):
+        batch['hidden'].grad = batch['head'].weight.grad = None
+        sums = chunked_loss(**batch, alpha=0.5, temperature=1.5, chunk_size=size)
+        sums[0].backward()
+        results.append([sums.detach(), batch['hidden'].grad, batch['head'].weight.grad])
+    for whole, pieces in zip(*results):
+        torch.testing.assert_close(whole, pieces)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor any operation returns."""
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary(batch):
+    """Neither is any tensor larger than a chunk's logits, nor are logits kept for the way back."""
+    kept = []
+    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.shape) or t, lambda t: t):
+        loss = chunked_loss(**batch, alpha=0.5, temperature=1.5, chunk_size=20)[0]
+        assert kept and (20, V) not in kept
+        loss.backward()
+    assert largest.size <= max(N * 24, 24 * V)          # hidden states, the teacher's weights
+
+    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.shape) or t, lambda t: t):
+        distillation_loss(batch['head'](batch['hidden']), batch['teacher_head'](batch['teacher_hidden']),
+                          batch['targets'], batch['weights'], 0.5, 1.5)
+    assert largest.size == N * V and (N, V) in kept         # what the chunks avoid
+
+
+def test_tags_weigh_ten_and_nothing_else_does(tokenizer):
+    text = 'a < b and c > d\n<think>\nthink < 3\n</think>\n<answer>\n12\n</answer>'
+    ids = tokenizer.encode(text)
+    weights = tag_weights(torch.tensor([ids]), [tokenizer.encode(tag) for tag in TAGS], 10.0)[0]
+    heavy = [token for token, weight in zip(ids, weights) if weight == 10]
+    assert tokenizer.decode(heavy) == ''.join(TAGS)
+    assert weights.sum() == 10 * len(heavy) + len(ids) - len(heavy)
+
+
+def test_a_tag_that_is_cut_by_a_prompt_is_none():
+    targets = torch.tensor([[5, 6, -100, 5, 6, 7]])
+    assert tag_weights(targets, [[5, 6]], 10.0).tolist() == [[10, 10, 1, 10, 10, 1]]
+
+
+def test_parse_answer():
+    good = '<think>\n2 + 3 = 5\n</think>\n<answer>\n5\n</answer>'
+    assert parse_answer(good) == '5'
+    for bad in ('', '5', good + ' so', good.replace('</think>', ''), good + good,
+                '<think></think><answer>5</answer>', good.replace('<answer>', '<answer><answer>')):
+        assert parse_answer(bad) is None, bad
+
+
+def test_cross_entropy_part_is_unweighted(batch):
+    sums = chunked_loss(**batch, alpha=0.5, temperature=1.0)
+    wanted = F.cross_entropy(batch['head'](batch['hidden']), batch['targets'], reduction='sum')
+    torch.testing.assert_close(sums[1], wanted)
+
+
+# ---- reason ----
+
+def test_every_reason_answer_checks_and_nothing_held_out_was_trained():
+    trained, held_out = [], []
+    for piece in reason(0.05, count=1500):
+        question, answer = (message['content'] for message in piece.messages)
+        thought = answer.split('<think>\n')[1].split('\n</think>')[0]
+        steps = [step.split(': ')[1] for step in thought.split('\n')]
+        for step in steps:
+            left, right = step.split(' = ')
+            assert eval(left) == int(right) > 0, step
+        assert parse_answer(answer) == right
+        # the numbers of a problem in their order, and its words without names, things and numbers
+        found = (tuple(re.findall(r'\d+', question)), re.sub(
+            '|'.join([r'\d+', *REASON_NAMES, *REASON_THINGS]), '_', question))
+        assert set(found[0]) <= set(re.findall(r'\d+', answer))
+        (trained if piece.split == 'train' else held_out).append((piece.label, found))
+    combinations = {key for _, (key, _) in trained}
+    templates = {key for _, (_, key) in trained}
+    assert {label for label, _ in trained} == {0} and {label for label, _ in held_out} == {0, 1}
+    for label, (combination, template) in held_out:
+        assert (template in templates) == (label == 0)
+        assert label == 1 or combination not in combinations
+    assert len(templates) == len(REASON_TEMPLATES)
+
+
+# ---- the run ----
+
+FAST = ['--device=cpu', '--dtype=float32', '--batch_size=4', '--block_size=128', '--log_interval=1',
+        '--max_iters=4', '--eval_interval=2', '--report_size=4', '--max_new_tokens=8', '--n_layer=1',
+        '--n_embd=32']
+
+
+def test_black_box_on_reason(script, tmp_path, run_folder):
+    done = script('distill.py', str(ROOT / 'config/reason.py'), f'--init_from={run_folder}', '--out_dir=a',
+                  '--dataset=./reason', *FAST, '--batch_size=2', '--max_iters=6')
+    losses = numbers(r'held-out loss (\S+)', done.stdout)
+    assert losses == sorted(losses, reverse=True)
+    assert re.search(r'new template +\d+ problems  well-formed +0.0%  right +0.0%', done.stdout)
+    # the loss counts a tag ten times, the cross-entropy beside it once
+    loss, ce = numbers(r'loss (\S+)  ce', done.stdout)[0], numbers(r'  ce (\S+)', done.stdout)[0]
+    assert loss > 2 * ce
+    assert len(json.load(open(tmp_path / 'a' / 'report.json'))) == 4
+
+
+def test_white_box_and_its_mistakes(script, tmp_path, run_folder):
+    (tmp_path / 'chats.jsonl').write_text(''.join(
+        json.dumps(dict(instruction=f'Say {i} twice.', input='', output=f'{i} {i}')) + '\n'
+        for i in range(60)))
+    script('prepare.py', '--input=chats.jsonl', f'--tokenizer={run_folder}', '--dataset=./chats',
+           '--val_fraction=0.2')
+    start = ['--dataset=./chats', f'--teacher={run_folder}', *FAST, '--report_size=0', '--min_lr=3e-3']
+    done = script('distill.py', '--out_dir=whole', *start)
+    # alpha 0.5, T 2: the loss is made of the parts printed beside it
+    parts = [numbers(pattern, done.stdout) for pattern in (r'  loss (\S+)  ce', r'  ce (\S+)', r'  kl (\S+)')]
+    for loss, ce, kl in zip(*parts):
+        assert loss == pytest.approx(0.5 * ce + 0.5 * 4 * kl, abs=2e-4)
+    cut = script('distill.py', '--out_dir=cut', *start, '--batch_size=1', '--gradient_accumulation_steps=4')
+    assert numbers(r'  loss (\S+)  ce', cut.stdout) == pytest.approx(parts[0], abs=2e-4)
+    two = script('distill.py', '--out_dir=two', *start, '--batch_size=2', '--gradient_accumulation_steps=2',
+                 torchrun=2)
+    assert numbers(r'  loss (\S+)  ce', two.stdout) == pytest.approx(parts[0], abs=2e-4)
+    script('distill.py', '--out_dir=parts', *start, '--max_iters=2')
+    script('distill.py', '--out_dir=parts', '--init_from=resume', '--max_iters=4')
+    whole, pieces = (torch.load(tmp_path / name / 'ckpt.pt')['model'] for name in ('whole', 'parts'))
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    # a teacher of another vocabulary
+    other = tmp_path / 'other'
+    shutil.copytree(run_folder, other)
+    Tokenizer(train_bpe([TEXT] * 5, 340)).save(other)
+    saved = torch.load(other / 'ckpt.pt')
+    saved['tokenizer'] = load_tokenizer(other).fingerprint
+    torch.save(saved, other / 'ckpt.pt')
+    done = script('distill.py', '--out_dir=b', f'--init_from={run_folder}', '--dataset=./chats',
+                  '--teacher=other', *FAST, code=2)
+    assert 'has another vocabulary than' in done.stderr

@@ -1,0 +1,235 @@
+"""dpo.py: the loss is the paper's, log-probabilities are sums over answers, and the reference never moves."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import numbers
+from dpo import answer_log_probs, batch_at, dpo_loss
+from model_minimind import MiniMind, MiniMindConfig
+from prepare import Split, encode_chat, encode_pair, pair_of, pydoc_dpo
+
+
+def small_model():
+    return MiniMind(MiniMindConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                   num_key_value_heads=2, max_position_embeddings=64)).eval()
+
+
+def pairs_of(rows, answers):
+    """Random tokens (B, T) and targets, -100 but for the last `answers[i]` tokens of row i."""
+    tokens = torch.randint(300, (rows, 20))
+    targets = torch.randint(300, (rows, 20))
+    for row, n in enumerate(answers):
+        targets[row, :20 - n] = -100
+    return tokens, targets
+
+
+def test_loss_is_ln_2_where_policy_equals_reference():
+    chosen, rejected = torch.randn(5), torch.randn(5)
+    loss, chosen_reward, rejected_reward = dpo_loss(chosen, rejected, chosen, rejected, beta=0.1)
+    torch.testing.assert_close(loss, torch.full((5,), math.log(2)))
+    assert not chosen_reward.any() and not rejected_reward.any()
+
+
+def test_loss_by_hand():
+    """beta 0.5, log-ratios -10 - -12 = 2 and -20 - -19 = -1: rewards 1 and -0.5, margin 1.5, and
+    -log sigmoid(1.5) = log(1 + e^-1.5) = 0.201413."""
+    loss, chosen, rejected = dpo_loss(*map(torch.tensor, ([-10.], [-20.], [-12.], [-19.])), beta=0.5)
+    torch.testing.assert_close(loss, torch.tensor([0.201413]), atol=1e-6, rtol=0)
+    assert (chosen.item(), rejected.item()) == (1.0, -0.5)
+
+
+def test_loss_is_trls():
+    """trl's DPOTrainer (loss_type='sigmoid') takes the difference of the two models' log-ratios."""
+    chosen, rejected, ref_chosen, ref_rejected = torch.randn(4, 8) * 20
+    ours = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1)[0]
+    logits = (chosen - rejected) - (ref_chosen - ref_rejected)
+    torch.testing.assert_close(ours, -torch.nn.functional.logsigmoid(0.1 * logits))
+
+
+def test_the_gradient_raises_chosen_and_lowers_rejected():
+    """Rafailov et al. 2023, section 4: beta * sigmoid(rejected reward - chosen reward) on each side."""
+    chosen, rejected = torch.tensor([-10.], requires_grad=True), torch.tensor([-20.], requires_grad=True)
+    dpo_loss(chosen, rejected, torch.tensor([-12.]), torch.tensor([-19.]), beta=0.5)[0].backward()
+    weight = 0.5 * torch.sigmoid(torch.tensor([-1.5]))
+    torch.testing.assert_close(chosen.grad, -weight)
+    torch.testing.assert_close(rejected.grad, weight)
+
+
+def test_log_probs_are_sums_over_the_answer():
+    model = small_model()
+    tokens, targets = pairs_of(4, [3, 7, 1, 20])
+    log_p = model(tokens)[0].log_softmax(-1)
+    wanted = [sum(log_p[b, t, targets[b, t]] for t in range(20) if targets[b, t] != -100) for b in range(4)]
+    torch.testing.assert_close(answer_log_probs(model, model, tokens, targets), torch.stack(wanted))
+
+
+def test_padding_changes_nothing():
+    model = small_model()
+    tokens, targets = pairs_of(2, [4, 9])
+    padded = [torch.cat([t, torch.full((2, 13), pad)], 1) for t, pad in ((tokens, 0), (targets, -100))]
+    torch.testing.assert_close(answer_log_probs(model, model, *padded),
+                               answer_log_probs(model, model, tokens, targets))
+
+
+# ---- data ----
+
+USER, GOOD, BAD = ({'role': 'user', 'content': 'May I?'}, {'role': 'assistant', 'content': 'Yes.'},
+                   {'role': 'assistant', 'content': 'No.'})
+PAIR = {'chosen': [USER, GOOD], 'rejected': [USER, BAD]}
+
+
+def test_prompt_is_shared_and_only_the_last_answer_is_target(tokenizer):
+    messages = (USER, BAD, USER, GOOD)
+    (chosen, chosen_mask), (rejected, rejected_mask) = encode_pair(tokenizer, messages, 'No.')
+    n = chosen_mask.index(1)
+    assert n == rejected_mask.index(1) and chosen[:n] == rejected[:n]
+    assert tokenizer.decode(chosen[n:]) == 'Yes.<|im_end|>' and all(chosen_mask[n:])
+    assert tokenizer.decode(rejected[n:]) == 'No.<|im_end|>' and all(rejected_mask[n:])
+    assert chosen + tokenizer.encode('\n') == encode_chat(tokenizer, messages)[0]
+
+
+def test_instructions_with_two_answers_are_the_same_pairs():
+    record = {'instruction': 'May I?', 'input': '', 'output': '?', 'chosen': 'Yes.', 'rejected': 'No.'}
+    assert pair_of(record) == pair_of(PAIR) == ((USER, GOOD), 'No.')
+
+
+@pytest.mark.parametrize('record, reason', [
+    (PAIR | {'rejected': [USER, GOOD]}, 'are the same answer'),
+    (PAIR | {'rejected': [USER | {'content': 'Must I?'}, BAD]}, 'answer different prompts'),
+    (PAIR | {'rejected': [USER, BAD | {'content': ' '}]}, '"rejected": turn 2, of the assistant, is empty'),
+    ({'chosen': [USER, GOOD]}, 'no field "rejected"'),
+    ({'instruction': 'May I?', 'chosen': 'Yes.', 'rejected': 'Yes. '}, 'are the same answer'),
+])
+def test_bad_pairs_are_one_line(script, tmp_path, tokenizer_folder, record, reason):
+    (tmp_path / 'pairs.jsonl').write_text(json.dumps(PAIR) + '\n' + json.dumps(record) + '\n')
+    done = script('prepare.py', '--input=pairs.jsonl', '--dataset=./d', f'--tokenizer={tokenizer_folder}',
+                  code=2)
+    assert 'pairs.jsonl:2: ' in done.stderr and reason in done.stderr
+
+
+def test_the_tutorials_preferences(script, shared, tokenizer_folder):
+    """Six of the 1,100 records have the same answer on both sides."""
+    done = script('prepare.py', f"--input={shared('data/instruction-data-with-preference.json')}",
+                  '--dataset=./d', f'--tokenizer={tokenizer_folder}', '--on_error=skip')
+    assert 'skipped 6 malformed records' in done.stderr
+    assert sum(numbers(r'(?:train|val) +([\d,]+) documents', done.stdout)) == 2 * 1094
+
+
+def test_pydoc_dpo_tells_nothing_by_style():
+    """Each answer is chosen once and rejected once, beside one of its length; train and val share none."""
+    sides = {'train': [], 'val': []}
+    for piece in pydoc_dpo(0.05):
+        sides[piece.split].append((piece.messages[-1]['content'], piece.rejected))
+    chosen = {split: sorted(c for c, _ in pairs) for split, pairs in sides.items()}
+    for split, pairs in sides.items():
+        assert chosen[split] == sorted(r for _, r in pairs) and all(c != r for c, r in pairs)
+        assert len(set(chosen[split])) == len(pairs) > 100
+    assert not set(chosen['train']) & set(chosen['val'])
+    assert sum(abs(len(c) - len(r)) for c, r in sides['train']) / len(sides['train']) < 1
+
+
+@pytest.fixture
+def split():
+    """Two pairs, of prompts 1 to 4 and 1 to 2."""
+    documents = [([1, 2, 3, 4, 5, 6, 7], 4), ([1, 2, 3, 4, 8], 4), ([1, 2, 9], 2), ([1, 2, 10, 11], 2)]
+    return Split(np.array([t for ids, _ in documents for t in ids], dtype=np.uint16),
+                 np.array([int(i >= n) for ids, n in documents for i in range(len(ids))], dtype=np.uint8),
+                 np.cumsum([0, *(len(ids) for ids, _ in documents)]))
+
+
+def test_batch(split):
+    x, y = batch_at(split, [1, 0], block_size=10)
+    assert x.tolist() == [[1, 2, 0, 0, 0, 0], [1, 2, 10, 0, 0, 0], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 0, 0]]
+    _ = -100
+    assert y.tolist() == [[_, 9, _, _, _, _], [_, 10, 11, _, _, _], [_, _, _, 5, 6, 7], [_, _, _, 8, _, _]]
+
+
+@pytest.mark.parametrize('block_size, rows', [
+    (5, [([2, 3, 4, 5, 6], [-100, -100, 5, 6, 7]), ([2, 3, 4, 0, 0], [-100, -100, 8, -100, -100])]),
+    (3, [([4, 5, 6], [5, 6, 7]), ([4, 0, 0], [8, -100, -100])]),
+    (2, [([4, 5], [5, 6]), ([4, 0], [8, -100])]),           # only now the answer loses its end
+])
+def test_the_prompt_is_cut_first_and_alike(split, block_size, rows):
+    x, y = batch_at(split, [0], block_size)
+    assert list(zip(x.tolist(), y.tolist())) == rows
+
+
+# ---- the run ----
+
+@pytest.fixture
+def pairs_folder(tmp_path, tokenizer_folder, script):
+    """Questions whose answer is preferred when it repeats the question's word."""
+    words = [a + b for a in ('red', 'blue', 'green', 'grey', 'pink') for b in ('', 'ish', 'er', 'est')]
+    with open(tmp_path / 'pairs.jsonl', 'w') as f:
+        for i, word in enumerate(words * 3):
+            asked = dict(role='user', content=f'{i}: {word}?')
+            f.write(json.dumps(dict(chosen=[asked, dict(role='assistant', content=f'It is {word}.')],
+                                    rejected=[asked, dict(role='assistant', content='The sea.')])) + '\n')
+    script('prepare.py', '--input=pairs.jsonl', '--dataset=./pairs', f'--tokenizer={tokenizer_folder}',
+           '--val_fraction=0.2')
+    return tmp_path / 'pairs'
+
+
+FAST = ['--device=cpu', '--dtype=float32', '--dataset=./pairs', '--batch_size=4', '--block_size=64',
+        '--log_interval=1', '--learning_rate=2e-3', '--min_lr=2e-3', '--warmup_iters=1', '--max_iters=12',
+        '--eval_interval=4']
+
+
+def test_a_run_in_many_ways(script, pairs_folder, run_folder, tmp_path):
+    before = (run_folder / 'ckpt.pt').read_bytes()
+    start = [f'--init_from={run_folder}', *FAST]
+    whole = script('dpo.py', '--out_dir=whole', *start)
+    # it starts at ln 2, with no preference, and learns
+    losses = numbers(r'held-out loss (\S+)', whole.stdout)
+    accuracy = numbers(r'accuracy (\S+)%', whole.stdout)
+    assert (losses[0], accuracy[0]) == (0.6931, 50) and accuracy[-1] > 99
+    assert numbers(r'step +0/12  loss (\S+)', whole.stdout) == [0.6931]
+    log = [json.loads(line) for line in open(tmp_path / 'whole' / 'metrics.jsonl')]
+    margins = [line['val_margin'] for line in log if 'val_margin' in line]
+    assert margins[0] == 0 and margins == sorted(margins) and margins[-1] > 0.1
+    # the reference has not moved
+    assert (run_folder / 'ckpt.pt').read_bytes() == before
+    # micro-batches do not matter, and the reference is not computed again
+    losses = numbers(r'loss (\S+)', whole.stdout)
+    cache = {file: file.stat().st_mtime_ns for file in pairs_folder.glob('*_reference_*.npy')}
+    cut = script('dpo.py', '--out_dir=cut', *start, '--batch_size=1', '--gradient_accumulation_steps=4',
+                 '--eval_iters=100')
+    assert losses == pytest.approx(numbers(r'loss (\S+)', cut.stdout), abs=2e-4)
+    assert {file: file.stat().st_mtime_ns for file in pairs_folder.glob('*_reference_*.npy')} == cache
+    # nor does it matter when the reference is computed
+    live = script('dpo.py', '--out_dir=live', *start, '--cache_reference=False')
+    assert losses == pytest.approx(numbers(r'loss (\S+)', live.stdout), abs=2e-4)
+    # two ranks are one
+    two = script('dpo.py', '--out_dir=two', *start, '--batch_size=2', '--gradient_accumulation_steps=2',
+                 '--max_iters=5', torchrun=2)
+    assert losses[:5] == pytest.approx(numbers(r'loss (\S+)', two.stdout)[:5], abs=2e-4)
+    # 4 + 8 steps are 12
+    script('dpo.py', '--out_dir=parts', *start, '--max_iters=4')
+    script('dpo.py', '--out_dir=parts', '--init_from=resume', '--max_iters=12')
+    one, two = (torch.load(tmp_path / name / 'ckpt.pt') for name in ('whole', 'parts'))
+    assert one['step'] == two['step'] == 12 and one['reference'] == two['reference']
+    assert all(torch.equal(one['model'][name], two['model'][name]) for name in one['model'])
+    # a mean over the answer instead of the sum: rewards are several times smaller
+    mean = script('dpo.py', '--out_dir=mean', *start, '--length_normalised')
+    assert numbers(r'margin (\S+) =', mean.stdout)[1] < margins[1] / 2
+    script('sample.py', '--out_dir=whole', '--max_new_tokens=3')
+
+
+def test_an_answer_that_block_size_cuts_to_nothing_is_one_line(script, tmp_path, run_folder):
+    same = dict(role='assistant', content='word ' * 60)
+    late = dict(role='assistant', content='word ' * 60 + 'late')
+    (tmp_path / 'pairs.jsonl').write_text(''.join(
+        json.dumps(dict(chosen=[asked, late], rejected=[asked, same])) + '\n'
+        for asked in (USER | {'content': f'{i}?'} for i in range(20))))
+    script('prepare.py', '--input=pairs.jsonl', '--dataset=./pairs', f'--tokenizer={run_folder}',
+           '--val_fraction=0.2')
+    done = script('dpo.py', f'--init_from={run_folder}', '--out_dir=a', *FAST, '--block_size=32', code=2)
+    assert 'pairs, train, pair 1: nothing is left of its answers that differs' in done.stderr
+
+
+def test_other_data_is_one_line(script, run_folder, tmp_path):
+    (tmp_path / 'text.txt').write_text('some words ' * 200)
+    script('prepare.py', '--input=text.txt', '--dataset=./pairs', f'--tokenizer={run_folder}')
+    assert "'pretrain'" in script('dpo.py', f'--init_from={run_folder}', *FAST, code=2).stderr
