@@ -43,6 +43,7 @@ class GPT2Config:
     n_layer: int = 12
     n_head: int = 12
     layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02        # of new weights; 0: PyTorch's initialisation, as in chapter I-4
     dropout: float = 0.0                   # on embeddings, attention weights, and what each part adds
     qkv_bias: bool = True                  # False: query, key and value are purely linear, as in the chapters
     tie_word_embeddings: bool = True       # False: the output head has its own weights, as in the chapters
@@ -197,17 +198,18 @@ class GPT2(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
-        for name, p in self.named_parameters():
+        for name, p in self.named_parameters() if config.initializer_range else ():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
                 # matrices that write into the residual stream start smaller, as 2 x layers of them add up
                 # there (Radford et al. 2019, section 2.3)
-                into_stream = name.endswith('c_proj.weight')
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer if into_stream else 1))
+                shrink = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1
+                nn.init.normal_(p, std=config.initializer_range / shrink)
         if config.positions == 'sinusoidal':
-            # as small as the token embeddings start, which would drown beside sines of size 1
-            table = 0.02 * sinusoidal_positions(config.n_positions, config.n_embd)
+            # of the size that token embeddings start with, which would drown beside much larger ones
+            size = config.initializer_range or 1.0
+            table = size * sinusoidal_positions(config.n_positions, config.n_embd)
             self.transformer.wpe = nn.Embedding.from_pretrained(table, freeze=True)
 
     def forward(self, tokens, targets=None, cache=None, segments=None):

@@ -31,8 +31,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# rows of each group times the matrix of that group, in one kernel; torch 2.9 has it under its older name
-grouped_mm = getattr(F, 'grouped_mm', None) or torch._grouped_mm
+# rows of each group times the matrix of that group, in one kernel; torch 2.9 has it under its older name.
+# It is kept out of torch.compile, which traces it in bfloat16 alone
+grouped_mm = torch.compiler.disable(getattr(F, 'grouped_mm', None) or torch._grouped_mm)
 
 
 @dataclass
@@ -295,9 +296,7 @@ class Experts(nn.Module):
     def forward(self, x, chosen, weights):
         """x (N, C); chosen (N, k), the experts each token visits, and their weights (N, k) -> (N, C)."""
         dtype, device = self.down_proj.dtype, x.device.type
-        # autocast does not know grouped products. On a CPU they stay in float32: half-precision kernels are
-        # compiled there for each shape, and the groups have new ones every step
-        if torch.is_autocast_enabled(device) and device != 'cpu':
+        if torch.is_autocast_enabled(device):                              # it does not know grouped products
             dtype = torch.get_autocast_dtype(device)
         order, ends = sort_by_expert(chosen, self.down_proj.size(0))
         back = torch.empty_like(order)

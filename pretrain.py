@@ -56,9 +56,11 @@ n_layer = 4                     # blocks
 n_head = 4                      # query heads
 n_kv_head = 2                   # minimind: key and value heads; n_head is multi-head, 1 is multi-query
 n_embd = 256                    # width
+intermediate_size = 0           # minimind: width inside the feed-forward; 0 is 8/3 n_embd, up to 64
 qk_norm = True                  # minimind: RMSNorm on queries and keys
 qkv_bias = True                 # gpt2: biases on queries, keys and values
 positions = 'learned'           # gpt2: 'learned' or 'sinusoidal'
+init_std = 0.02                 # gpt2: standard deviation of new weights; 0 is PyTorch's own initialisation
 tie_word_embeddings = True      # the output head shares the embedding's weights
 dropout = 0.0                   # share of activations dropped while training
 use_moe = False                 # feed-forwards become mixtures of experts (chapter II-6)
@@ -81,9 +83,9 @@ device = 'auto'                 # 'auto' takes cuda, then mps, then cpu
 dtype = 'auto'                  # 'float32', 'bfloat16' or 'float16'; 'auto' is bfloat16 where that is fast
 compile = False                 # torch.compile: slow to start, faster on a GPU
 
-SHAPE = ('model', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'qk_norm', 'qkv_bias', 'positions',
-         'tie_word_embeddings', 'use_moe', 'num_experts', 'num_experts_per_tok', 'n_shared_experts',
-         'moe_intermediate_size')
+SHAPE = ('model', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'intermediate_size', 'qk_norm', 'qkv_bias',
+         'positions', 'tie_word_embeddings', 'use_moe', 'num_experts', 'num_experts_per_tok',
+         'n_shared_experts', 'moe_intermediate_size')
 
 
 # ---- batches ----
@@ -197,30 +199,25 @@ class Muon(torch.optim.Optimizer):
 
 def new_model(config, vocab_size):
     """The model of the settings, with random weights."""
+    if config['model'] == 'gpt2' and config['use_moe']:
+        fail("use_moe is for --model=minimind; GPT-2 has no experts")
     try:
         if config['model'] == 'gpt2':
             return GPT2(GPT2Config(
                 vocab_size=vocab_size, n_positions=config['block_size'], n_embd=config['n_embd'],
                 n_layer=config['n_layer'], n_head=config['n_head'], dropout=config['dropout'],
-                qkv_bias=config['qkv_bias'], positions=config['positions'],
-                tie_word_embeddings=config['tie_word_embeddings']))
-        return MiniMind(MiniMindConfig(
-            vocab_size=vocab_size, max_position_embeddings=config['block_size'], hidden_size=config['n_embd'],
-            num_hidden_layers=config['n_layer'], num_attention_heads=config['n_head'],
-            num_key_value_heads=config['n_kv_head'], qk_norm=config['qk_norm'], dropout=config['dropout'],
-            tie_word_embeddings=config['tie_word_embeddings'],
-            **{key: config[key] for key in ('use_moe', 'num_experts', 'num_experts_per_tok',
-                                            'n_shared_experts', 'norm_topk_prob', 'router_aux_loss_coef',
-                                            'seq_aux')},
-            moe_intermediate_size=config['moe_intermediate_size'] or expert_width(config)))
+                initializer_range=config['init_std'], qkv_bias=config['qkv_bias'],
+                positions=config['positions'], tie_word_embeddings=config['tie_word_embeddings']))
+        own = {key: config[key] for key in MiniMindConfig.__dataclass_fields__ if key in config}
+        sizes = MiniMindConfig(**own, vocab_size=vocab_size, max_position_embeddings=config['block_size'],
+                               hidden_size=config['n_embd'], num_hidden_layers=config['n_layer'],
+                               num_attention_heads=config['n_head'], num_key_value_heads=config['n_kv_head'])
+        if sizes.use_moe and not config['moe_intermediate_size']:
+            visits = sizes.num_experts_per_tok + sizes.n_shared_experts     # together as wide as one dense
+            sizes.moe_intermediate_size = 8 * math.ceil(sizes.intermediate_size / visits / 8)
+        return MiniMind(sizes)
     except ValueError as e:
         fail(f"{e}; see --n_embd, --n_head, --n_kv_head and, of experts, --num_experts_per_tok")
-
-
-def expert_width(config):
-    """The dense feed-forward's width, shared out over the experts that a token visits."""
-    visits = config['num_experts_per_tok'] + config['n_shared_experts']
-    return 8 * math.ceil(64 * math.ceil(config['n_embd'] * 8 / 3 / 64) / visits / 8)
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay):
@@ -256,7 +253,9 @@ def draw_experts(log, out_dir):
 
 if __name__ == '__main__':
     config = configure(globals(), optimizer=('muon', 'adamw'), model=('minimind', 'gpt2'), stride=0,
-                       positions=('learned', 'sinusoidal'))
+                       positions=('learned', 'sinusoidal'), init_std=0, intermediate_size=0,
+                       moe_intermediate_size=0, num_experts=1, num_experts_per_tok=1, n_shared_experts=0,
+                       router_aux_loss_coef=0)
     stop = StopSignal()
     run = start_run(device, dtype, seed)
     master = run.rank == 0
@@ -291,6 +290,7 @@ if __name__ == '__main__':
         model = type(model)(replace(model.config, dropout=dropout))
         model.load_state_dict(weights)
     model.to(run.device)
+    moe = isinstance(model, MiniMind) and model.config.use_moe
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     if init_from == 'resume':
@@ -364,7 +364,7 @@ if __name__ == '__main__':
             with run.autocast():
                 loss = wrapped(x, y)[1] * (y != -100).sum()                     # mean -> sum over the targets
             total += loss.detach()
-            if use_moe:
+            if moe:
                 aux_total += model.aux_loss * (y != -100).sum()
                 load = load + model.expert_load()
             # DDP averages gradients over ranks; times world_size that is the sum which the loss asks for
@@ -382,7 +382,7 @@ if __name__ == '__main__':
             # the language loss, and the auxiliary loss apart from it
             loss, aux = (n / max(1, n_targets) for n in run.sum((total - aux_total).item(), aux_total.item()))
             experts, spread = {}, ''
-            if use_moe:
+            if moe:
                 load = np.reshape(run.sum(*load.flatten().tolist()), load.shape)    # (layers, experts)
                 load /= load.sum(axis=1, keepdims=True)
                 experts = dict(aux=aux, expert_load=load.round(4).tolist())
@@ -400,7 +400,7 @@ if __name__ == '__main__':
 
     if master:
         log.draw()
-        if use_moe and any('expert_load' in line for line in log.lines):
+        if moe and any('expert_load' in line for line in log.lines):
             draw_experts(log, out_dir)
         if stopping:
             saved = f"saved in {out_dir}; go on with --init_from=resume" if step else "nothing to save yet"
@@ -408,5 +408,6 @@ if __name__ == '__main__':
         else:
             print(f"done in {clock(time.time() - began)}; the model is in {out_dir}: python sample.py")
     if run.world_size > 1:
+        run.barrier()               # a rank that leaves while rank 0 still draws is aborted by gloo
         dist.destroy_process_group()
     sys.exit(128 + stop.signal if stopping else 0)

@@ -5,6 +5,7 @@ Generate text from a trained model (tutorial chapter I-6).
     python sample.py --init_from=gpt2 --start="Every effort moves you" --temperature=0
     python sample.py --out_dir=out/verdict --start=FILE:prompts.txt --lines --stop="##|Mrs"
     echo "class Queue" | python sample.py --start=- --num_samples=3 --seed=7 --show_probs
+    python sample.py --out_dir=out/sft --chat                       # a conversation (chapters I-8 and II-9)
 
 A model gives each token a number, its logit; softmax turns them into the distribution of the next token.
 Decoding picks from it: the likeliest token each time (greedy, temperature=0), or one drawn at random, after
@@ -24,7 +25,7 @@ import torch
 from configurator import configure, fail, load_checkpoint, start_run
 from model_gpt2 import GPT2, OFFICIAL, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
-from prepare import load_tokenizer
+from prepare import encode_chat, load_tokenizer
 
 # the model
 out_dir = 'out/pretrain'    # folder of the run whose model speaks
@@ -36,6 +37,9 @@ num_samples = 1             # how many texts for each prompt
 max_new_tokens = 200        # longest continuation, in tokens
 stop = ''                   # a text at which a sample ends, or several with | between; '"\n"' is a line end
 on_full = 'stop'            # when the context is full: 'stop', or 'slide' and forget the older half
+# the conversation
+chat = False                # talk with the model; a line that ends in \ goes on, /reset forgets, /exit ends
+system = ''                 # what the model is told before the conversation
 # the choice
 temperature = 0.7           # 0 is greedy: always the likeliest token
 top_k = 0                   # keep only the k likeliest tokens; 0 keeps all
@@ -223,6 +227,8 @@ def load_run(source, device='cpu'):
             tokenizer = load_tokenizer(source)
             if tokenizer.fingerprint != checkpoint['tokenizer']:
                 fail(f"{source} holds another tokenizer than its model was trained with")
+            if 'labels' in checkpoint:
+                fail(f"{source} is a classifier: `python finetune_cls.py --out_dir={source} --classify=TEXT`")
             if 'adapters' in checkpoint:
                 from lora import load_adapted, merge        # here, as lora.py itself imports load_run
                 model = merge(load_adapted(source, checkpoint)[0])
@@ -273,6 +279,60 @@ def stop_ids(tokenizer):
     return {tokenizer.eot, tokenizer.im_end} - {None}
 
 
+# ---- conversation ----
+
+def read_message():
+    """What the user types, a line, or several where all but the last end in a backslash; None at the end."""
+    lines, mark = [], '> ' if sys.stdin.isatty() else ''
+    try:
+        while not lines or lines[-1].endswith('\\'):
+            lines.append(input(mark))
+            mark = mark and '. '
+    except EOFError:
+        if not lines:
+            return None
+    return '\n'.join(line.removesuffix('\\') for line in lines)
+
+
+def prompt_that_fits(tokenizer, messages, room):
+    """The prompt for the next answer, in at most `room` ids: the oldest turns leave `messages` until
+    it fits, the system message never. None if the last one alone does not fit."""
+    first = 1 if messages[0]['role'] == 'system' else 0
+    while len(ids := encode_chat(tokenizer, messages, add_generation_prompt=True)[0]) > room:
+        if len(messages) == first + 1:
+            return None
+        del messages[first:first + 2]                   # a question and its answer
+    return ids
+
+
+def converse(model, tokenizer, system, max_new_tokens, generator=None, **how):
+    """Answer what is typed, on and on. All of it is text: "<|im_end|>" typed by a user ends nothing."""
+    sys.stdin.reconfigure(errors='replace')
+    device, context = next(model.parameters()).device, model.config.context
+    opening = [dict(role='system', content=system)] if system else []
+    messages = list(opening)
+    while (text := read_message()) not in (None, '/exit'):
+        if text == '/reset':
+            messages = list(opening)
+        if text == '/reset' or not text.strip():
+            continue
+        messages.append(dict(role='user', content=text))
+        before = len(messages)
+        ids = prompt_that_fits(tokenizer, messages, context - min(max_new_tokens, context // 2))
+        if ids is None:
+            messages.pop()
+            print(f"(too long: question and answer share a context of {context:,} tokens)", file=sys.stderr)
+            continue
+        if len(messages) < before:
+            print(f"(the context is full: {before - len(messages)} turns are forgotten)", file=sys.stderr)
+        stream = Stream(tokenizer, ids)
+        for new in generate(model, torch.tensor([ids], device=device), max_new_tokens, stop_ids(tokenizer),
+                            generator, vocab_size=tokenizer.vocab_size, **how):
+            print(stream.add(new.item()), end='', flush=True)
+        print(stream.finish())
+        messages.append(dict(role='assistant', content=stream.text))
+
+
 # ---- pictures ----
 
 def print_candidates(tokenizer, logits, seen, new, **how):
@@ -309,6 +369,12 @@ if __name__ == '__main__':
     source = init_from or out_dir
     model, tokenizer, _ = load_run(source, run.device)
     model.to(run.dtype)
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+               repetition_penalty=repetition_penalty)
+    generator = torch.Generator(run.device).manual_seed(seed)
+    if chat:
+        converse(model, tokenizer, system, max_new_tokens, generator, **how)
+        sys.exit()
     context = model.config.context
     text = read_prompt(start)
     texts = [line for line in text.splitlines() if line.strip()] if lines else [text]
@@ -323,8 +389,6 @@ if __name__ == '__main__':
         fail(f"the prompt has {longest:,} tokens, but the context of {source} is {context:,}: shorten it, or "
              f"let --on_full=slide cut it")
     tokens, padding = left_pad(prompts, run.device)
-    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-               repetition_penalty=repetition_penalty)
     if plot:
         with torch.no_grad():
             logits = model(tokens[:1, padding[0]:][:, -context:])[0][:, -1, :tokenizer.vocab_size]
@@ -333,7 +397,6 @@ if __name__ == '__main__':
 
     watch = (lambda *step: print_candidates(tokenizer, *step, **how)) if show_probs else None
     live = len(prompts) == 1 and not show_probs         # one text can be shown while it grows
-    generator = torch.Generator(run.device).manual_seed(seed)
     for i in range(num_samples):
         began, streams = time.time(), [Stream(tokenizer, ids[1:], stop.split('|')) for ids in prompts]
         if live:

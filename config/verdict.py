@@ -15,6 +15,7 @@ n_head = 12
 n_embd = 768
 qkv_bias = False
 tie_word_embeddings = False
+init_std = 0.0                  # PyTorch's: embeddings of size 1 are learned by heart faster than small ones
 dropout = 0.1
 
 batch_size = 2

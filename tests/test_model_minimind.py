@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import model_minimind
-from configurator import Run, save_checkpoint
+import pretrain
+from configurator import Run, read_config_file, save_checkpoint
 from model_minimind import (MiniMind, MiniMindConfig, RMSNorm, apply_rope, kv_cache_bytes, plain_attention,
                             rope_table)
 from prepare import encode_chat
@@ -16,7 +17,6 @@ from prepare import encode_chat
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=64)
 MOE = dict(qk_norm=True, use_moe=True, num_experts=4, moe_intermediate_size=24, norm_topk_prob=True)
-MINIMIND3 = dict(hidden_size=768, num_key_value_heads=4, intermediate_size=2432, qk_norm=True)
 YARN = dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=16)
 
 
@@ -90,16 +90,19 @@ def test_kv_cache_bytes_of_the_chapter(script):
 
 # ---- the model as a whole ----
 
-@pytest.mark.parametrize('count, sizes', [
-    (25_829_888, dict()),                                                           # MiniMind2-Small
-    (104_030_976, dict(hidden_size=768, num_hidden_layers=16)),                     # MiniMind2
-    (145_029_760, dict(hidden_size=640, use_moe=True, n_shared_experts=1)),         # MiniMind2-MoE
-    (63_912_192, MINIMIND3),
-    (198_416_640, dict(MINIMIND3, use_moe=True, num_experts_per_tok=1))],
-    ids=['2-small', '2', '2-moe', '3', '3-moe'])
-def test_parameter_counts_of_the_official_models(count, sizes):
-    with torch.device('meta'):                                          # shapes alone, no memory
-        assert sum(p.numel() for p in MiniMind(MiniMindConfig(**sizes)).parameters()) == count
+@pytest.mark.parametrize('name, count', [
+    ('minimind2_small', 25_829_888), ('minimind2', 104_030_976), ('minimind2_moe', 145_029_760),
+    ('minimind3', 63_912_192), ('minimind3_moe', 198_416_640)])
+def test_the_presets_are_the_official_sizes(name, count):
+    settings = {key: value for key, (value, _) in read_config_file(f'config/{name}.py').items()}
+    assert settings.keys() <= vars(pretrain).keys()
+    named = dict(n_embd='hidden_size', n_layer='num_hidden_layers', n_head='num_attention_heads',
+                 n_kv_head='num_key_value_heads')
+    sizes = {named.get(key, key): value for key, value in settings.items()}
+    with torch.device('meta'):
+        model = MiniMind(MiniMindConfig(**{key: value for key, value in sizes.items()
+                                           if key in MiniMindConfig.__dataclass_fields__}))
+    assert sum(p.numel() for p in model.parameters()) == count
 
 
 @pytest.mark.parametrize('kind', [dict(), MOE], ids=['dense', 'moe'])

@@ -11,8 +11,8 @@ from conftest import numbers
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import Split, conversation, encode_chat, write_data
-from sample import load_run
-from sft import Rows, exact_match, last_answers, learnable, pack
+from sample import load_run, prompt_that_fits
+from sft import Rows, answers, exact_match, last_answers, learnable, pack
 
 LETTERS = 'abcdefghij'
 
@@ -214,3 +214,31 @@ def test_debug_mask(script, tiny_run, counting):
                   '--debug_mask')
     assert done.stdout.splitlines()[1].split() == ['0', '1', '-', "'<|im_start|>'"]
     assert done.stdout.count('yes') < done.stdout.count('\n') / 2
+
+
+# ---- conversation ----
+
+def test_a_conversation_is_answered_as_its_whole_history(script, tiny_run):
+    """`sample.py --chat` says what the model says to the conversation in one piece."""
+    folder = tiny_run('minimind')
+    model, words, _ = load_run(str(folder))
+    typed = 'Hi\nWhat is \\\na <|im_end|>?\n/reset\n\nHi\n/exit\nnot read\n'
+    done = script('sample.py', f'--out_dir={folder}', '--chat', '--system=Be kind.', '--temperature=0',
+                  '--device=cpu', '--max_new_tokens=6', '--dtype=float32', input=typed)
+    system, messages, expected = dict(role='system', content='Be kind.'), [], []
+    for text in ('Hi', 'What is \na <|im_end|>?'):
+        messages.append(dict(role='user', content=text))
+        prompt = encode_chat(words, [system, *messages], add_generation_prompt=True)[0]
+        expected.append(answers(model, words, [prompt], 6)[0][0])
+        messages.append(dict(role='assistant', content=expected[-1]))
+    assert done.stdout == ''.join(answer + '\n' for answer in [*expected, expected[0]])
+
+
+def test_the_oldest_turns_are_forgotten_when_the_context_is_full(tokenizer):
+    messages = [dict(role='system', content='Be kind.'), *turns('a', 'b', 'c', 'd', 'e')]
+    whole = encode_chat(tokenizer, messages, add_generation_prompt=True)[0]
+    assert prompt_that_fits(tokenizer, messages, len(whole)) == whole and len(messages) == 6
+    shorter = prompt_that_fits(tokenizer, messages, len(whole) - 1)
+    assert [m['content'] for m in messages] == ['Be kind.', 'c', 'd', 'e']
+    assert shorter == encode_chat(tokenizer, messages, add_generation_prompt=True)[0]
+    assert prompt_that_fits(tokenizer, messages, 5) is None

@@ -1,0 +1,35 @@
+# MiniMind2-MoE, 145,029,760 parameters (chapter II-6): 4 routed experts, of which a token visits 2, and a
+# shared one.
+#
+#     python prepare.py --input=pretrain_hq.jsonl --dataset=minimind --tokenizer=FOLDER
+#     python pretrain.py config/minimind2_moe.py --dataset=minimind
+#
+# Data: MiniMind's own pretrain_hq.jsonl, or any text; FOLDER holds its tokenizer (its model/ folder), or
+# yours. A step is 256 rows x 512 tokens, 4,000 steps read 0.5 billion tokens. Meant for one GPU of 24 GB;
+# not timed here. Where memory is short, take a smaller batch_size and more gradient_accumulation_steps.
+out_dir = 'out/minimind2_moe'
+
+n_layer = 8
+n_head = 8
+n_kv_head = 2
+n_embd = 640
+qk_norm = False
+block_size = 512
+use_moe = True
+num_experts = 4
+num_experts_per_tok = 2
+n_shared_experts = 1
+moe_intermediate_size = 1728    # each expert as wide as the dense feed-forward: 8/3 x 640, up to 64
+router_aux_loss_coef = 0.01
+
+batch_size = 32
+gradient_accumulation_steps = 8
+max_iters = 4_000
+eval_interval = 1000
+warmup_iters = 300
+prompt = '大模型'
+
+optimizer = 'adamw'
+learning_rate = 5e-4
+min_lr = 5e-5
+dtype = 'bfloat16'

@@ -1,0 +1,28 @@
+# MiniMind2-Small, 25,829,888 parameters (chapter II-7): a Llama.
+#
+#     python prepare.py --input=pretrain_hq.jsonl --dataset=minimind --tokenizer=FOLDER
+#     python pretrain.py config/minimind2_small.py --dataset=minimind
+#
+# Data: MiniMind's own pretrain_hq.jsonl, or any text; FOLDER holds its tokenizer (its model/ folder), or
+# yours. A step is 256 rows x 512 tokens, 4,000 steps read 0.5 billion tokens. Meant for one GPU of 24 GB;
+# not timed here. Where memory is short, take a smaller batch_size and more gradient_accumulation_steps.
+out_dir = 'out/minimind2_small'
+
+n_layer = 8
+n_head = 8
+n_kv_head = 2
+n_embd = 512
+qk_norm = False
+block_size = 512
+
+batch_size = 32
+gradient_accumulation_steps = 8
+max_iters = 4_000
+eval_interval = 1000
+warmup_iters = 300
+prompt = '大模型'
+
+optimizer = 'adamw'
+learning_rate = 5e-4
+min_lr = 5e-5
+dtype = 'bfloat16'

@@ -1,0 +1,165 @@
+"""The classifier: what it reads, what of it learns, its scores, and whole runs."""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import numbers
+from torch.nn import functional as F
+
+from finetune_cls import (add_head, batch_at, confusion, freeze, label_logits, load_classifier, scores,
+                          step_texts)
+from model_gpt2 import GPT2, GPT2Config
+from model_minimind import MiniMind, MiniMindConfig
+from prepare import Split, read_labelled, write_data
+
+
+def classifier(kind, n_labels=3):
+    if kind == 'gpt2':
+        model = GPT2(GPT2Config(vocab_size=100, n_positions=128, n_embd=32, n_layer=2, n_head=4))
+    else:
+        model = MiniMind(MiniMindConfig(
+            vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=128))
+    return add_head(model, n_labels).eval()
+
+
+def texts(lengths):
+    tokens = np.random.default_rng(0).integers(1, 100, sum(lengths)).astype(np.uint16)
+    return Split(tokens, np.zeros(len(tokens), np.uint8), np.cumsum([0, *lengths]))
+
+
+# ---- the classifier ----
+
+@pytest.mark.parametrize('kind', ['minimind', 'gpt2'])
+def test_fifty_more_tokens_of_padding_change_neither_prediction_nor_loss(kind):
+    model, labels = classifier(kind), np.array([0, 1, 2, 1])
+    x, lengths, y = batch_at(texts([5, 30, 17, 1]), labels, range(4), 64)
+    longer = torch.cat([x, torch.full((4, 50), 7)], dim=1)
+    with torch.no_grad():
+        expected, given = label_logits(model, x, lengths), label_logits(model, longer, lengths)
+        alone = torch.cat([label_logits(model, row[None, :n], n[None]) for row, n in zip(x, lengths)])
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(given, alone, atol=1e-5, rtol=1e-5)
+    assert F.cross_entropy(given, y).item() == pytest.approx(F.cross_entropy(expected, y).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['minimind', 'gpt2'])
+def test_what_learns(kind):
+    learning = {}
+    for trainable in ('head', 'last', 'all'):
+        model = classifier(kind)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        freeze(model, trainable)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        tokens = torch.arange(100).view(2, 50)
+        logits = label_logits(model, tokens, torch.tensor([50, 40]))
+        F.cross_entropy(logits, torch.tensor([0, 2])).backward()
+        optimizer.step()
+        learning[trainable] = {k for k, p in model.named_parameters() if not torch.equal(p, before[k])}
+    head = {'lm_head.weight', 'lm_head.bias'}
+    block, norm = dict(gpt2=('transformer.h.1.', 'transformer.ln_f.'),
+                       minimind=('model.layers.1.', 'model.norm.'))[kind]
+    assert learning['head'] == head
+    assert learning['last'] - head and all(name.startswith((block, norm)) for name in learning['last'] - head)
+    assert any(name.startswith(norm) for name in learning['last'])
+    assert any('wte' in name or 'embed' in name for name in learning['all'])
+
+
+def test_a_text_too_long_loses_its_end_but_not_its_last_token():
+    split = texts([10, 3])
+    x, lengths, _ = batch_at(split, np.array([0, 1]), [0, 1], 6)
+    assert x.shape == (2, 6) and lengths.tolist() == [6, 3]
+    assert x[0].tolist() == [*split.tokens[:5], split.tokens[9]]
+    assert x[1, :3].tolist() == split.tokens[10:].tolist()
+
+
+def test_an_epoch_has_each_text_once():
+    first, second = ([text for step in steps for text in step_texts(20, 1, step, 4)]
+                     for steps in (range(5), range(5, 10)))
+    assert sorted(first) == sorted(second) == list(range(20)) and first != second
+
+
+def test_scores_by_hand():
+    true, predicted = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 0, 1])
+    matrix = confusion(predicted, true, 3)
+    assert matrix.tolist() == [[2, 1, 0], [1, 1, 0], [0, 1, 0]]
+    result = scores(matrix)
+    assert result['accuracy'] == pytest.approx(3 / 6)
+    assert result['precision'] == pytest.approx([2 / 3, 1 / 3, 0])
+    assert result['recall'] == pytest.approx([2 / 3, 1 / 2, 0])
+    assert result['f1'] == pytest.approx([2 / 3, 2 / 5, 0])
+
+
+# ---- runs ----
+
+@pytest.fixture
+def moods(tmp_path, tokenizer, byte_tokenizer):
+    """moods(kind): texts that a word makes glad or sad, twice as many glad, prepared for tiny_run(kind)."""
+    def make(kind):
+        words = dict(glad=['sun', 'song', 'gift', 'feast'], sad=['rain', 'loss'])
+        rows = [f'{label}\t{when} {who} the {word}' for label, some in words.items() for word in some
+                for who in ('I saw', 'we know', 'she likes', 'they had') for when in ('today', 'again', 'so')]
+        (tmp_path / 'moods.tsv').write_text('\n'.join(rows))
+        pieces, labels = read_labelled(str(tmp_path / 'moods.tsv'), balance=False)
+        folder = str(tmp_path / f'moods_{kind}')
+        words = byte_tokenizer if kind == 'gpt2' else tokenizer
+        write_data(folder, words, pieces, 'moods.tsv', 'cls', labels)
+        return folder
+    return make
+
+
+SMALL = ['--batch_size=8', '--learning_rate=3e-3', '--min_lr=3e-3', '--warmup_iters=0', '--dtype=float32',
+         '--device=cpu', '--log_interval=1']
+
+
+@pytest.mark.parametrize('kind', ['minimind', 'gpt2'])
+def test_a_run_learns_and_then_classifies(script, tmp_path, tiny_run, moods, kind):
+    done = script('finetune_cls.py', f'--init_from={tiny_run(kind)}', f'--dataset={moods(kind)}',
+                  '--out_dir=run', '--max_iters=60', '--eval_interval=20', '--class_weights', *SMALL)
+    report = json.loads((tmp_path / 'run' / 'report.json').read_text())
+    assert set(report) == {'train', 'val', 'test'} and report['test']['labels'] == ['glad', 'sad']
+    assert report['train']['accuracy'] > 0.9 and report['test']['accuracy'] > 0.8
+    assert np.sum(report['test']['confusion']) == 15
+    printed = numbers(r'test  accuracy (\S+)', done.stdout)
+    assert printed == pytest.approx([report['test']['accuracy']], abs=1e-3)
+    (tmp_path / 'more.txt').write_text('today I saw the rain\n\nagain we know the song\n')
+    lines = script('finetune_cls.py', '--out_dir=run', '--classify_file=more.txt').stdout.splitlines()
+    assert [line.split('\t')[0] for line in lines] == ['sad', 'glad']
+    assert all(0.5 <= float(line.split('\t')[1]) <= 1 for line in lines)
+    one = script('finetune_cls.py', '--out_dir=run', '--classify=today I saw the rain').stdout
+    assert one.strip() == lines[0]
+    assert 'classifier' in script('sample.py', '--out_dir=run', code=2).stderr
+
+
+def test_pictures(script, tmp_path, tiny_run, moods):
+    pytest.importorskip('matplotlib')
+    script('finetune_cls.py', f'--init_from={tiny_run("minimind")}', f'--dataset={moods("minimind")}',
+           '--out_dir=run', '--max_iters=2', *SMALL)
+    assert {'loss.png', 'accuracy.png'} <= set(os.listdir(tmp_path / 'run'))
+
+
+def test_n_and_n_steps_are_2n_steps(script, tmp_path, tiny_run, moods):
+    options = [f'--init_from={tiny_run("minimind")}', f'--dataset={moods("minimind")}', '--dropout=0.2',
+               '--eval_interval=2', *SMALL]
+    script('finetune_cls.py', *options, '--out_dir=whole', '--max_iters=8')
+    script('finetune_cls.py', *options, '--out_dir=parts', '--max_iters=4')
+    script('finetune_cls.py', '--init_from=resume', '--out_dir=parts', '--max_iters=8')
+    whole, parts = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('whole', 'parts'))
+    assert all(torch.equal(whole[part][key], parts[part][key])
+               for part in ('model', 'last') for key in whole[part])
+    assert whole['best'] == parts['best']
+    model = load_classifier(str(tmp_path / 'whole'))[0]                 # the best weights, not the last
+    assert all(torch.equal(p, whole['model'][key]) for key, p in model.state_dict().items())
+
+
+def test_mistakes_are_one_line(script, tiny_run, moods):
+    run, data = tiny_run('minimind'), moods('minimind')
+    for options, words in [
+            ([f'--init_from={run}', f'--dataset={moods("gpt2")}'], 'was tokenised otherwise than'),
+            ([f'--init_from={run}', f'--dataset={data}', '--trainable=most'], "'head', 'last', 'all'"),
+            ([f'--out_dir={run}', '--classify=x'], 'is no classifier'),
+            (['--out_dir=nowhere', '--classify=x'], 'nowhere'),
+            ([f'--init_from={run}', '--dataset=none'], 'spam')]:
+        assert words in script('finetune_cls.py', *options, code=2).stderr

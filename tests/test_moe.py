@@ -1,0 +1,220 @@
+"""Mixture of experts (chapter II-6): against a plain loop over them, in every mode, and while training."""
+import json
+import time
+
+import pytest
+import torch
+from conftest import TEXT, numbers
+from torch.nn import functional as F
+
+from model_minimind import MiniMind, MiniMindConfig, MoEFeedForward, sort_by_expert
+from pretrain import Muon
+
+
+def config(**changes):
+    return MiniMindConfig(**{**dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                    max_position_embeddings=64, use_moe=True, num_experts=4,
+                                    moe_intermediate_size=24), **changes})
+
+
+def layer(**changes):
+    mlp = MoEFeedForward(config(**changes))
+    for p in mlp.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return mlp
+
+
+def plain_loop(mlp, x):
+    """The same, one expert after the other: for each, find its tokens, compute, add to their rows."""
+    C, k = x.size(-1), mlp.config.num_experts_per_tok
+    rows = x.reshape(-1, C)
+    weights, chosen = mlp.gate(rows).softmax(dim=-1).topk(k, dim=-1)
+    if mlp.config.norm_topk_prob:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    y = torch.zeros_like(rows)
+    for e in range(mlp.config.num_experts):
+        hit = chosen == e
+        if hit.any():
+            token = hit.any(dim=-1).nonzero().flatten()
+            gate, up = F.linear(rows[token], mlp.experts.gate_up_proj[e]).chunk(2, dim=-1)
+            out = F.linear(F.silu(gate) * up, mlp.experts.down_proj[e])
+            y.index_add_(0, token, out * weights[hit][:, None])
+    for expert in mlp.shared_experts:
+        y = y + expert(rows)
+    return y.view_as(x)
+
+
+# ---- dispatch ----
+
+def test_the_chapters_dispatch():
+    """Four tokens, three experts, two visits each."""
+    order, ends = sort_by_expert(torch.tensor([[0, 1], [1, 2], [0, 2], [0, 1]]), 3)
+    assert order.tolist() == [0, 4, 6, 1, 2, 7, 3, 5]                   # visits, sorted by expert
+    assert (order // 2).tolist() == [0, 2, 3, 0, 1, 3, 1, 2]            # the token of each
+    assert ends.tolist() == [3, 6, 8]                                   # where each expert's visits end
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('k', [1, 2, 4])
+@pytest.mark.parametrize('kind', [dict(), dict(norm_topk_prob=False), dict(n_shared_experts=2)],
+                         ids=['renormalised', 'as-they-are', 'shared'])
+def test_grouped_is_the_plain_loop(kind, k, training):
+    """Outputs and all gradients, with experts that get no token among them."""
+    mlp = layer(num_experts=8, num_experts_per_tok=k, **kind).train(training)
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    results = []
+    for forward in (mlp, lambda x: plain_loop(mlp, x)):
+        y = forward(x)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        results.append([y, x.grad, *(p.grad for p in mlp.parameters())])
+        x.grad = None
+        mlp.zero_grad()
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain if plain is not None else torch.zeros_like(ours),
+                                   atol=1e-5, rtol=1e-5)
+
+
+def test_an_expert_without_tokens_has_a_gradient_of_zero():
+    mlp = layer(num_experts=8, num_experts_per_tok=1)
+    with torch.no_grad():
+        mlp.gate.weight[1:] = 0
+        mlp.gate.weight[0] = 1
+    mlp(torch.ones(1, 5, 32)).sum().backward()                          # all five go to expert 0
+    for p in mlp.experts.parameters():
+        assert p.grad[0].abs().sum() > 0 and p.grad[1:].abs().sum() == 0
+    assert mlp.load.tolist() == [1] + [0] * 7
+
+
+def test_train_and_eval_agree():
+    model, x = MiniMind(config()), torch.randint(64, (2, 16))
+    torch.testing.assert_close(model.train()(x)[0], model.eval()(x)[0])
+
+
+def test_half_precision_routes_alike():
+    mlp, x = layer(), torch.randn(2, 50, 32)
+    full, load = mlp(x), mlp.load
+    with torch.autocast('cpu', torch.bfloat16):
+        half = mlp(x)
+    assert torch.equal(mlp.load, load)
+    torch.testing.assert_close(half.float(), full, atol=0.1, rtol=0.1)
+
+
+def test_compiled_is_eager():
+    model, x = MiniMind(config(num_hidden_layers=1)), torch.randint(64, (2, 16))
+    gate = model.model.layers[0].mlp.gate.weight
+    losses, grads = [], []
+    for forward in (model, torch.compile(model, backend='aot_eager')):
+        losses.append(forward(x, x)[1])
+        grads.append(torch.autograd.grad(losses[-1], gate)[0])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*grads)
+
+
+# ---- the auxiliary loss ----
+
+def test_the_auxiliary_loss_is_its_formula():
+    x = torch.randn(3, 10, 32)
+    losses = {}
+    for seq_aux in (True, False):
+        mlp = layer(seq_aux=seq_aux, router_aux_loss_coef=0.1)
+        mlp.gate.weight.data = torch.linspace(-1, 1, 4 * 32).view(4, 32)
+        mlp(x)
+        p = mlp.gate(x).softmax(dim=-1)
+        groups = p.unbind() if seq_aux else [p.flatten(0, 1)]           # each row, or the batch as a whole
+        each = []
+        for group in groups:
+            f = F.one_hot(group.topk(2).indices, 4).float().mean(dim=(0, 1))
+            each.append(0.1 * 4 * (f * group.mean(dim=0)).sum())
+        losses[seq_aux] = mlp.aux_loss.item()
+        assert losses[seq_aux] == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
+    assert losses[True] != pytest.approx(losses[False], rel=1e-3)
+
+
+def test_an_even_router_has_the_least():
+    mlp = layer(router_aux_loss_coef=0.1, num_experts_per_tok=1)
+    with torch.no_grad():
+        mlp.gate.weight.zero_()
+        mlp.gate.weight[:, :4] = 20 * torch.eye(4)
+    even = torch.eye(4, 32).repeat(2, 1)[None]                          # token i prefers expert i mod 4
+    mlp(even)
+    assert mlp.load.tolist() == [0.25] * 4 and mlp.aux_loss.item() == pytest.approx(0.1)
+    mlp(even[:, :1].expand(1, 8, 32))                                   # all prefer expert 0: E times as much
+    assert mlp.aux_loss.item() == pytest.approx(0.4, rel=1e-3)
+
+
+@pytest.mark.parametrize('seq_aux', [True, False])
+def test_it_is_added_once_and_moves_the_router(seq_aux):
+    model, x = MiniMind(config(seq_aux=seq_aux, router_aux_loss_coef=0.1)), torch.randint(64, (2, 16))
+    language = model.eval()(x, x)[1]
+    total = model.train()(x, x)[1]
+    layers = [block.mlp for block in model.model.layers]
+    aux = sum(mlp.aux_loss for mlp in layers)
+    torch.testing.assert_close(total, language + aux)                   # evaluation has none of it
+    torch.testing.assert_close(model.aux_loss, aux.detach())
+    assert model.expert_load().shape == (2, 4)
+    torch.testing.assert_close(model.expert_load().sum(dim=1), torch.ones(2))
+    for mlp in layers:
+        assert torch.autograd.grad(aux, mlp.gate.weight, retain_graph=True)[0].abs().sum() > 0
+
+
+def test_a_balance_within_rows_does_not_depend_on_how_a_step_is_cut():
+    mlp, x = layer(seq_aux=True), torch.randn(4, 10, 32)
+    losses = []
+    for piece in (x, *x.split(1)):
+        mlp(piece)
+        losses.append(mlp.aux_loss)
+    torch.testing.assert_close(losses[0], torch.stack(losses[1:]).mean())
+
+
+# ---- training ----
+
+def test_muon_takes_stacks_of_matrices():
+    """Each matrix of a stack moves as torch.optim.Muon moves it alone; its rounding is bfloat16's."""
+    start = torch.randn(3, 24, 16)
+    stack, alone = torch.nn.Parameter(start.clone()), [torch.nn.Parameter(m.clone()) for m in start]
+    ours = Muon([stack], lr=0.01, weight_decay=0.1)
+    theirs = torch.optim.Muon(alone, lr=0.01, weight_decay=0.1, adjust_lr_fn='match_rms_adamw')
+    for _ in range(5):
+        stack.grad = torch.randn(3, 24, 16)
+        for p, grad in zip(alone, stack.grad):
+            p.grad = grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(stack, torch.stack(list(alone)), atol=2e-3, rtol=0)
+    assert (stack - start).abs().max() > 0.02
+
+
+def test_many_small_experts_are_faster_than_the_loop():
+    """A training step of 64 experts, top-4; the loop costs a dozen small operations an expert."""
+    mlp = layer(hidden_size=128, moe_intermediate_size=64, num_experts=64, num_experts_per_tok=4)
+    x, best = torch.randn(1, 256, 128), {}
+    for _ in range(6):
+        for name, forward in (('grouped', mlp), ('loop', lambda x: plain_loop(mlp, x))):
+            began = time.perf_counter()
+            forward(x).sum().backward()
+            best[name] = min(best.get(name, 9), time.perf_counter() - began)
+    assert best['loop'] > 1.5 * best['grouped'], best
+
+
+@pytest.mark.parametrize('ranks', [0, 2], ids=['alone', 'two-ranks'])
+def test_pretraining_a_mixture(script, tmp_path, tokenizer_folder, ranks):
+    """With so many experts that some of them get nothing in a step."""
+    (tmp_path / 'rules.txt').write_text(TEXT * 20)
+    script('prepare.py', '--input=rules.txt', f'--tokenizer={tokenizer_folder}', '--dataset=./rules',
+           '--val_fraction=0.2')
+    done = script('pretrain.py', '--dataset=./rules', '--out_dir=run', '--max_iters=4', '--eval_iters=2',
+                  '--n_layer=2', '--n_head=2', '--n_kv_head=1', '--n_embd=32', '--block_size=16',
+                  '--batch_size=1', '--gradient_accumulation_steps=2', '--log_interval=1', '--device=cpu',
+                  '--dtype=float32', '--use_moe=True', '--num_experts=32', torchrun=ranks)
+    lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    steps = [line for line in lines if 'loss' in line]
+    assert len(steps) == 4
+    for line in steps:
+        load = torch.tensor(line['expert_load'])
+        assert load.shape == (2, 32) and (load == 0).any()
+        torch.testing.assert_close(load.sum(dim=1), torch.ones(2), atol=2e-3, rtol=0)
+        assert 2 * 0.01 < line['aux'] < 2 * 0.01 * 32                   # layers x coef, when all is even
+    assert numbers(r'  loss (\S+)', done.stdout) == pytest.approx([line['loss'] for line in steps], abs=1e-4)
+    assert steps[0]['loss'] == pytest.approx(lines[0]['val_loss'], abs=0.2)     # the language loss alone
+    pytest.importorskip('matplotlib')
+    assert (tmp_path / 'run' / 'experts.png').stat().st_size > 5000
