@@ -809,8 +809,8 @@ def parameters(title):
 def pydoc_dpo(val_fraction):
     """Pairs about what pydoc_sft asks: what is this for? Chosen is the summary of the function or class that
     is asked about, rejected that of something else and of the other kind, a class or a function, as long as
-    it. Each summary is chosen once and rejected once, so an answer by itself tells nothing: right is only what
-    fits the question."""
+    it. Each summary is chosen once and rejected once, so an answer by itself tells nothing: what is right is
+    only what fits the question."""
     found = {}
     for title, doc, progress in docstrings():
         summary = ' '.join(doc.split('\n\n')[0].split())
