@@ -135,7 +135,7 @@ def to_device(batch, device):
 
 @torch.no_grad()
 def held_out_loss(model, run, split, block_size, batch_size, eval_iters):
-    """Mean nats per held-out token, over at most eval_iters batches spread evenly; ranks share the work."""
+    """Mean nats per token of a split, over at most eval_iters batches spread evenly; ranks share the work."""
     starts = range(0, len(split.tokens) - 1, block_size)
     starts = starts[::math.ceil(len(starts) / (eval_iters * batch_size))][run.rank::run.world_size]
     model.eval()
@@ -268,6 +268,8 @@ if __name__ == '__main__':
         fail(f"{data_folder(dataset)} was tokenised otherwise than by {tokenizer}: run `python prepare.py "
              f"--dataset={dataset} --tokenizer={tokenizer}`")
     train, val = read_split(dataset, 'train'), read_split(dataset, 'val')
+    # as much of the training text, for a loss to set beside the held-out one: dropout off in both
+    seen = train._replace(tokens=train.tokens[:len(val.tokens)], mask=train.mask[:len(val.tokens)])
     rows = batch_size * gradient_accumulation_steps         # of a step; the ranks share them out
     if rows < run.world_size:
         fail(f"batch_size x gradient_accumulation_steps = {rows} rows are fewer than {run.world_size} ranks")
@@ -341,12 +343,13 @@ if __name__ == '__main__':
             break
         if due:
             loss = held_out_loss(compiled, run, val, block_size, batch_size, eval_iters)
+            seen_loss = held_out_loss(compiled, run, seen, block_size, batch_size, eval_iters)
             bits = loss / math.log(2) * meta['val']['tokens'] / meta['val']['bytes']
             if master:
-                log.write(step=step, val_loss=loss, val_bits_per_byte=bits)
+                log.write(step=step, val_loss=loss, train_loss=seen_loss, val_bits_per_byte=bits)
                 text = sample_text(model, words, prompt, run.device)
-                print(f"step {step:6,}  held-out loss {loss:.4f}  {bits:.4f} bits/byte\n    | "
-                      + text.replace('\n', '\n    | '), flush=True)
+                print(f"step {step:6,}  held-out loss {loss:.4f}  training loss {seen_loss:.4f}  "
+                      f"{bits:.4f} bits/byte\n    | " + text.replace('\n', '\n    | '), flush=True)
             eval_seconds, clock_start = time.time() - clock_start, time.time()
         if step == max_iters:
             break

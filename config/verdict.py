@@ -31,4 +31,4 @@ learning_rate = 4e-4
 min_lr = 4e-4
 warmup_iters = 0
 weight_decay = 0.1
-grad_clip = 0.0
+grad_clip = 1.0                 # a single odd gradient would slow AdamW for dozens of steps

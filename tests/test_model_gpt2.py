@@ -298,7 +298,7 @@ def test_a_run_of_gpt2_from_scratch_to_transformers_and_back(script, tmp_path, t
         assert (theirs(ids).logits - model(ids)[0]).abs().max() < 1e-4
     how = ['--start=Read the rules', '--temperature=0', '--max_new_tokens=25', '--dtype=float32']
     texts = [script('sample.py', *where, *how).stdout for where in (['--out_dir=run'], ['--init_from=hf'])]
-    assert texts[0] == texts[1] and texts[0].strip()[:50] == TEXT[TEXT.index('Read the rules'):][:50]
+    assert texts[0] == texts[1] and texts[0].startswith('Read the rules of the light')
     start = [f'--dataset={data}', '--init_from=hf', '--batch_size=2', '--max_iters=1', '--learning_rate=0']
     script('pretrain.py', *start, '--min_lr=0', '--block_size=16', '--out_dir=more')
     again, _, checkpoint = load_run(tmp_path / 'more')
