@@ -40,8 +40,8 @@ from sample import load_run
 # the run
 out_dir = 'out/dpo'             # where checkpoint, tokenizer, metrics and picture go
 init_from = 'out/sft'           # the folder of the run to start from, which is the reference too, or 'resume'
-max_iters = 300                 # optimizer steps
-eval_interval = 50              # save and measure the held-out pairs every so many steps
+max_iters = 500                 # optimizer steps
+eval_interval = 100             # save and measure the held-out pairs every so many steps
 eval_iters = 25                 # batches of held-out pairs to measure on, at most
 log_interval = 10               # print a line every so many steps
 seed = 1337                     # of the order of the data
