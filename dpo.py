@@ -40,7 +40,7 @@ from sample import load_run
 # the run
 out_dir = 'out/dpo'             # where checkpoint, tokenizer, metrics and picture go
 init_from = 'out/sft'           # the folder of the run to start from, which is the reference too, or 'resume'
-max_iters = 300                 # optimizer steps
+max_iters = 200                 # optimizer steps
 eval_interval = 50              # save and measure the held-out pairs every so many steps
 eval_iters = 25                 # batches of held-out pairs to measure on, at most
 log_interval = 10               # print a line every so many steps
@@ -56,8 +56,8 @@ beta = 0.1                      # how dear it is to leave the reference: smaller
 length_normalised = False       # divide an answer's log-probability by its length, as chapter II-10 does
 cache_reference = True          # compute the reference's log-probabilities once; False holds its model beside
 # the optimizer
-learning_rate = 5e-4            # highest
-min_lr = 5e-5                   # at the end of the cosine
+learning_rate = 3e-4            # highest, of AdamW
+min_lr = 3e-5                   # at the end of the cosine
 warmup_iters = 20               # steps of linear warmup
 weight_decay = 0.0              # on matrices only
 grad_clip = 1.0                 # longest gradient; 0 is no limit

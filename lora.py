@@ -150,7 +150,7 @@ def adapter_state(model):
 def load_adapter_state(model, state):
     """Fill the injected adapters; ValueError where names or shapes are others."""
     own = adapter_state(model)
-    for name in own.keys() ^ state.keys():
+    for name in sorted(own.keys() ^ state.keys()):
         raise ValueError(f"adapter {name} is in {'the file' if name in state else 'the model'} alone")
     for name, layer in adapters(model).items():
         for part in ('lora_A', 'lora_B'):
@@ -288,7 +288,7 @@ if __name__ == '__main__':
         sys.exit()
     if block_size > model.config.context:
         fail(f"--block_size={block_size} is more than the context of {source}, {model.config.context}")
-    how = dict(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
+    how = checkpoint['lora'] if checkpoint else dict(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
     if not checkpoint:
         try:
             torch.manual_seed(seed)                 # every rank draws the same A

@@ -603,15 +603,13 @@ def messages_of(record):
 def pair_of(record):
     """(conversation that ends in the chosen answer, rejected answer) of a record: two conversations, or two
     answers to an instruction."""
-    if not isinstance(record[fields_of(record, 'chosen')], list):
-        answers = {key: check_text(record[fields_of(record, key)], f'"{key}"')
-                   for key in ('chosen', 'rejected')}
-        sides = {key: messages_of({**record, 'output': answer}) for key, answer in answers.items()}
-    else:
-        sides = {}
-        for key in ('chosen', 'rejected'):
+    sides = {key: record[fields_of(record, key)] for key in ('chosen', 'rejected')}
+    for key, value in sides.items():
+        if 'instruction' in record:
+            sides[key] = messages_of({**record, 'output': check_text(value, f'"{key}"')})
+        else:
             try:
-                sides[key] = messages_of(dict(messages=record[fields_of(record, key)]))
+                sides[key] = messages_of(dict(messages=value))
             except ValueError as e:
                 raise ValueError(f'"{key}": {e}') from None
     (*prompt, chosen), (*other, rejected) = sides['chosen'], sides['rejected']
@@ -809,20 +807,25 @@ def parameters(title):
 
 
 def pydoc_dpo(val_fraction):
-    """Pairs about what pydoc_sft asks of functions: what is this one for? Chosen is its own summary, rejected
-    another function's of about the same length, each used once as either. So neither length nor style tells
-    them apart: only the question does."""
-    functions = {}
+    """Pairs about what pydoc_sft asks: what is this for? Chosen is the summary of the function or class that
+    is asked about, rejected that of something else and of the other kind, a class or a function, as long as
+    it. Each summary is chosen once and rejected once, so an answer by itself tells nothing: what is right is
+    only what fits the question."""
+    found = {}
     for title, doc, progress in docstrings():
         summary = ' '.join(doc.split('\n\n')[0].split())
-        if title.startswith('def ') and 10 < len(summary) <= 300:
-            functions.setdefault(summary, (side(doc, val_fraction), title, progress))
+        if not title.startswith('module ') and 10 < len(summary) <= 300:
+            found.setdefault(summary, (side(doc, val_fraction), title.split()[0], title, progress))
     for split in ('train', 'val'):
-        ordered = sorted((s for s in functions if functions[s][0] == split), key=lambda s: (len(s), s))
-        for chosen, rejected in zip(ordered, ordered[1:] + ordered[:1]):
-            _, title, progress = functions[chosen]
-            messages = pydoc_question('purpose', title), dict(role='assistant', content=chosen)
-            yield conversation(split, messages, progress)._replace(rejected=rejected)
+        functions, classes = (sorted((s for s in found if found[s][:2] == (split, kind)),
+                                     key=lambda s: (len(s), s)) for kind in ('def', 'class'))
+        upward = iter(functions)
+        for one in classes:                         # there are several functions to a class
+            other = next((s for s in upward if len(s) >= len(one)), None)
+            for chosen, rejected in ((one, other), (other, one)) if other else ():
+                title, progress = found[chosen][2:]
+                messages = pydoc_question('purpose', title), dict(role='assistant', content=chosen)
+                yield conversation(split, messages, progress)._replace(rejected=rejected)
 
 
 # Arithmetic word problems: the question; its steps, "what it is: x op y", where r1 is the first one's result;

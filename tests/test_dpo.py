@@ -102,11 +102,16 @@ def test_instructions_with_two_answers_are_the_same_pairs():
     ({'chosen': [USER, GOOD]}, 'no field "rejected"'),
     ({'instruction': 'May I?', 'chosen': 'Yes.', 'rejected': 'Yes. '}, 'are the same answer'),
 ])
-def test_bad_pairs_are_one_line(script, tmp_path, tokenizer_folder, record, reason):
-    (tmp_path / 'pairs.jsonl').write_text(json.dumps(PAIR) + '\n' + json.dumps(record) + '\n')
+def test_bad_pairs(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        pair_of(record)
+
+
+def test_a_bad_pair_is_one_line(script, tmp_path, tokenizer_folder):
+    (tmp_path / 'pairs.jsonl').write_text(f"{json.dumps(PAIR)}\n{json.dumps({'chosen': [USER, GOOD]})}\n")
     done = script('prepare.py', '--input=pairs.jsonl', '--dataset=./d', f'--tokenizer={tokenizer_folder}',
                   code=2)
-    assert 'pairs.jsonl:2: ' in done.stderr and reason in done.stderr
+    assert 'pairs.jsonl:2: no field "rejected" among chosen' in done.stderr
 
 
 def test_the_tutorials_preferences(script, shared, tokenizer_folder):
@@ -125,9 +130,9 @@ def test_pydoc_dpo_tells_nothing_by_style():
     chosen = {split: sorted(c for c, _ in pairs) for split, pairs in sides.items()}
     for split, pairs in sides.items():
         assert chosen[split] == sorted(r for _, r in pairs) and all(c != r for c, r in pairs)
-        assert len(set(chosen[split])) == len(pairs) > 100
+        assert len(set(chosen[split])) == len(pairs) >= 50
     assert not set(chosen['train']) & set(chosen['val'])
-    assert sum(abs(len(c) - len(r)) for c, r in sides['train']) / len(sides['train']) < 1
+    assert sum(abs(len(c) - len(r)) for c, r in sides['train']) / len(sides['train']) < 3
 
 
 @pytest.fixture
@@ -191,20 +196,16 @@ def test_a_run_in_many_ways(script, pairs_folder, run_folder, tmp_path):
     assert margins[0] == 0 and margins == sorted(margins) and margins[-1] > 0.1
     # the reference has not moved
     assert (run_folder / 'ckpt.pt').read_bytes() == before
-    # micro-batches do not matter, and the reference is not computed again
+    # two ranks of two micro-batches are one of one, and the reference is not computed again
     losses = numbers(r'loss (\S+)', whole.stdout)
     cache = {file: file.stat().st_mtime_ns for file in pairs_folder.glob('*_reference_*.npy')}
     cut = script('dpo.py', '--out_dir=cut', *start, '--batch_size=1', '--gradient_accumulation_steps=4',
-                 '--eval_iters=100')
+                 '--eval_iters=100', torchrun=2)
     assert losses == pytest.approx(numbers(r'loss (\S+)', cut.stdout), abs=2e-4)
     assert {file: file.stat().st_mtime_ns for file in pairs_folder.glob('*_reference_*.npy')} == cache
     # nor does it matter when the reference is computed
     live = script('dpo.py', '--out_dir=live', *start, '--cache_reference=False')
     assert losses == pytest.approx(numbers(r'loss (\S+)', live.stdout), abs=2e-4)
-    # two ranks are one
-    two = script('dpo.py', '--out_dir=two', *start, '--batch_size=2', '--gradient_accumulation_steps=2',
-                 '--max_iters=5', torchrun=2)
-    assert losses[:5] == pytest.approx(numbers(r'loss (\S+)', two.stdout)[:5], abs=2e-4)
     # 4 + 8 steps are 12
     script('dpo.py', '--out_dir=parts', *start, '--max_iters=4')
     script('dpo.py', '--out_dir=parts', '--init_from=resume', '--max_iters=12')
