@@ -8,7 +8,7 @@ from conftest import TEXT, numbers
 from torch.nn import functional as F
 
 from model_minimind import MiniMind, MiniMindConfig, MoEFeedForward, sort_by_expert
-from pretrain import Muon
+from pretrain import Muon, make_optimizers
 
 
 def config(**changes):
@@ -182,6 +182,20 @@ def test_muon_takes_stacks_of_matrices():
         theirs.step()
     torch.testing.assert_close(stack, torch.stack(list(alone)), atol=2e-3, rtol=0)
     assert (stack - start).abs().max() > 0.02
+
+
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+def test_routers_learn_slowly_and_experts_as_fast_as_they_are_many(optimizer):
+    model = MiniMind(config(num_experts_per_tok=2))
+    groups = {id(p): (type(o), g) for o in make_optimizers(model, optimizer, 1e-2, 0.1)
+              for g in o.param_groups for p in g['params']}
+    assert len(groups) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        kind, group = groups[id(p)]
+        router, last = name.endswith('mlp.gate.weight'), name.endswith('experts.down_proj')
+        assert group['scale'] == (0.1 if router else 2 if last else 1), name
+        assert (group['weight_decay'] > 0) == (p.dim() >= 2 and not router), name
+        assert (kind is Muon) == (optimizer == 'muon' and '.layers.' in name and p.dim() >= 2 and not router)
 
 
 def test_many_small_experts_are_faster_than_the_loop():

@@ -86,7 +86,7 @@ def test_weight_decay_is_for_matrices_only(model):
         params = [p for g in groups for p in g['params']]
         assert len(params) == len(set(map(id, params))) == len(list(model.parameters()))
         assert all((g['weight_decay'] > 0) == (p.dim() == 2) for g in groups for p in g['params'])
-        assert sum(len(g['params']) for g in groups if 'ns_steps' in g) == muon
+        assert sum(len(g['params']) for g in groups if 'momentum' in g) == muon
 
 
 def test_the_cut_into_micro_batches_and_ranks_does_not_matter(script, tmp_path, data):
