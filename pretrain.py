@@ -69,7 +69,7 @@ num_experts_per_tok = 2         # how many of them each token visits
 n_shared_experts = 0            # experts every token visits besides
 moe_intermediate_size = 0       # width of an expert; 0: a token's experts are together as wide as one dense
 norm_topk_prob = True           # weights of a token's experts sum to 1
-router_aux_loss_coef = 0.01     # weight of the load-balancing loss
+router_aux_loss_coef = 0.02     # weight of the load-balancing loss
 seq_aux = True                  # balance within each row, not over the micro-batch as a whole
 # the optimizer
 optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
