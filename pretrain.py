@@ -69,7 +69,7 @@ num_experts_per_tok = 2         # how many of them each token visits
 n_shared_experts = 0            # experts every token visits besides
 moe_intermediate_size = 0       # width of an expert; 0: a token's experts are together as wide as one dense
 norm_topk_prob = True           # weights of a token's experts sum to 1
-router_aux_loss_coef = 0.01     # weight of the load-balancing loss
+router_aux_loss_coef = 0.02     # weight of the load-balancing loss
 seq_aux = True                  # balance within each row, not over the micro-batch as a whole
 # the optimizer
 optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
@@ -222,15 +222,26 @@ def new_model(config, vocab_size):
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay):
     """Muon is made for the matrices inside the blocks; embedding, head and norms take AdamW, the norms
-    without weight decay."""
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named
-                if p.dim() >= 2 and ('.layers.' in name or '.h.' in name) and optimizer == 'muon']
-    rest = [p for _, p in named if all(p is not m for m in matrices)]
-    adamw = torch.optim.AdamW([dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
-                               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)],
-                              lr=learning_rate, betas=(0.9, 0.95), fused=True)
-    return [adamw, Muon(matrices, learning_rate, weight_decay)] if matrices else [adamw]
+    without weight decay. With AdamW alone that has all.
+
+    A mixture of experts learns like the dense model of its active size only if its learning rates differ. Its
+    k experts are averaged where the parts of a dense feed-forward are summed, so their last matrix moves k
+    times as fast. And the router, of a few rows, takes AdamW at a tenth: it must not turn faster than experts
+    can follow.
+    """
+    visits = model.config.num_experts_per_tok if getattr(model.config, 'use_moe', False) else 1
+    groups = dict(adamw={}, muon={})                    # of each: (weight decay, scale) -> parameters
+    for name, p in model.named_parameters():
+        router = name.endswith('mlp.gate.weight')
+        inside = '.layers.' in name or '.h.' in name
+        kind = optimizer if inside and p.dim() >= 2 and not router else 'adamw'
+        decay = weight_decay if p.dim() >= 2 and not router else 0.0
+        scale = 0.1 if router else visits if name.endswith('experts.down_proj') else 1
+        groups[kind].setdefault((decay, scale), []).append(p)
+    adamw, muon = ([dict(params=params, weight_decay=decay, scale=scale)
+                    for (decay, scale), params in own.items()] for own in groups.values())
+    optimizers = [torch.optim.AdamW(adamw, lr=learning_rate, betas=(0.9, 0.95), fused=True)]
+    return optimizers + [Muon(muon, learning_rate, weight_decay)] if muon else optimizers
 
 
 def draw_experts(log, out_dir):
@@ -357,7 +368,7 @@ if __name__ == '__main__':
         lr = learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters)
         for o in optimizers:
             for group in o.param_groups:
-                group['lr'] = lr
+                group['lr'] = lr * group['scale']
         total = torch.zeros((), device=run.device)
         aux_total, load = torch.zeros_like(total), 0.0      # of the mixtures of experts
         for i, batch in enumerate(batches):
