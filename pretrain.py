@@ -148,7 +148,7 @@ def held_out_loss(model, run, split, block_size, batch_size, eval_iters):
         total, count = total + loss.item() * n.item(), count + n.item()
     model.train()
     total, count = run.sum(total, count)
-    return total / count
+    return total / max(1, count)
 
 
 def sample_text(model, tokenizer, prompt, device, max_new_tokens=60):
@@ -279,6 +279,8 @@ if __name__ == '__main__':
         fail(f"{data_folder(dataset)} was tokenised otherwise than by {tokenizer}: run `python prepare.py "
              f"--dataset={dataset} --tokenizer={tokenizer}`")
     train, val = read_split(dataset, 'train'), read_split(dataset, 'val')
+    if not (train.mask.any() and val.mask.any()):
+        fail(f"{data_folder(dataset)} holds no target to learn: run prepare.py again")
     # as much of the training text, for a loss to set beside the held-out one: dropout off in both
     seen = train._replace(tokens=train.tokens[:len(val.tokens)], mask=train.mask[:len(val.tokens)])
     rows = batch_size * gradient_accumulation_steps         # of a step; the ranks share them out

@@ -1,6 +1,7 @@
 """pretrain.py: batches, the loss over micro-batches and ranks, stopping and resuming, and mistakes."""
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,12 @@ def test_a_finished_run_goes_on_only_when_asked_for_more(script, tmp_path, data)
 ])
 def test_a_mistake_is_one_line(script, data, args, words):
     assert words in script('pretrain.py', f'--dataset={data}', *args, code=2).stderr
+
+
+def test_data_without_a_target_is_refused(script, tmp_path, data):
+    shutil.copytree(data, tmp_path / 'masked')
+    np.load(tmp_path / 'masked' / 'train_mask.npy', mmap_mode='r+')[:] = 0
+    assert 'no target' in script('pretrain.py', *TINY, '--dataset=./masked', code=2).stderr
 
 
 def test_another_tokenizer_than_the_datas_is_refused(script, tmp_path, data):
