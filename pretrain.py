@@ -224,10 +224,9 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay):
     """Muon is made for the matrices inside the blocks; embedding, head and norms take AdamW, the norms
     without weight decay. With AdamW alone that has all.
 
-    A mixture of experts learns like the dense model of its active size only if its learning rates differ. Its
-    k experts are averaged where the parts of a dense feed-forward are summed, so their last matrix moves k
-    times as fast. And the router, of a few rows, takes AdamW at a tenth: it must not turn faster than experts
-    can follow.
+    A mixture of experts has rates of its own. A token's k experts are averaged where the parts of a dense
+    feed-forward are summed, so their last matrix moves k times as fast, or the first steps lag behind dense.
+    And the router, of a few rows, takes AdamW at a tenth: it must not turn faster than experts can follow.
     """
     visits = model.config.num_experts_per_tok if getattr(model.config, 'use_moe', False) else 1
     groups = dict(adamw={}, muon={})                    # of each: (weight decay, scale) -> parameters
