@@ -37,7 +37,7 @@ from sample import generate, load_run, stop_ids
 out_dir = 'out/pretrain'        # where checkpoint, tokenizer, metrics and picture go
 init_from = 'scratch'           # 'scratch', 'resume' (in out_dir), a run's or Hugging Face folder, 'gpt2'
 max_iters = 320                 # optimizer steps
-eval_interval = 80              # save, measure the held-out loss and print a sample every so many steps
+eval_interval = 160             # save, measure the held-out loss and print a sample every so many steps
 eval_iters = 200                # batches of held-out text to measure on, at most
 log_interval = 10               # print a line every so many steps
 prompt = 'def is_'              # what that sample continues
