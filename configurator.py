@@ -32,9 +32,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 # What settings of common names may be: a tuple lists the values, a list gives bounds, a number is the least.
 LEGAL = dict(dtype=('auto', 'float32', 'bfloat16', 'float16'), batch_size=1, gradient_accumulation_steps=1,
-             block_size=1, max_iters=0, eval_interval=1, eval_iters=1, log_interval=1, learning_rate=0,
+             block_size=1, max_iters=1, eval_interval=1, eval_iters=1, log_interval=1, learning_rate=0,
              min_lr=0, warmup_iters=0, weight_decay=0, grad_clip=0, n_layer=1, n_head=1, n_kv_head=1,
-             n_embd=1, dropout=[0, 1], seed=0)
+             n_embd=1, dropout=[0, 1], seed=[0, 2**62])
 
 
 def fail(message):
@@ -73,7 +73,11 @@ def configure(settings, **legal):
     for key in keys:
         settings[key] = given.get(key, anchored(settings[key]))
     if settings.get('init_from') == 'resume':
-        saved = load_checkpoint(settings['out_dir'])['settings']
+        saved = load_checkpoint(settings['out_dir'])
+        if saved.get('stage') != os.path.basename(settings['__file__']):
+            fail(f"{settings['out_dir']} is no run of this script to resume but one of {saved.get('stage')}; "
+                 f"start from it with --init_from={settings['out_dir']} and another --out_dir")
+        saved = saved['settings']
         fixed = {*given, 'init_from', 'out_dir'}
         settings.update({k: v for k, v in saved.items() if k in keys and k not in fixed})
     return {key: settings[key] for key in keys}
@@ -234,10 +238,13 @@ def make_folder(path):
         os.makedirs(path, exist_ok=True)
     except OSError as e:
         fail(f"cannot make the folder {path}: {e.strerror}")
+    if not os.access(path, os.W_OK):
+        fail(f"cannot write to the folder {path}: permission denied")
 
 
-def save_checkpoint(run, out_dir, **state):
-    """Write out_dir/ckpt.pt, whole or not at all. Every rank calls this; rank 0 writes."""
+def save_checkpoint(run, out_dir, words, **state):
+    """Write out_dir/ckpt.pt, whole or not at all, and the tokenizer `words`, which it is of no use without.
+    Every rank calls this; rank 0 writes."""
     rng = {'cpu': torch.get_rng_state()}
     if run.device.type == 'cuda':
         rng['cuda'] = torch.cuda.get_rng_state(run.device)
@@ -246,9 +253,11 @@ def save_checkpoint(run, out_dir, **state):
         rngs = [None] * run.world_size
         dist.all_gather_object(rngs, rng)
     if run.rank == 0:
+        words.save(out_dir)
+        state.update(tokenizer=words.fingerprint, stage=os.path.basename(sys.argv[0]), rng=rngs)
         path = os.path.join(out_dir, 'ckpt.pt')
         with open(path + '.tmp', 'wb') as f:
-            torch.save(dict(state, rng=rngs), f)
+            torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())                        # on the disk before the old file is given up
         os.replace(path + '.tmp', path)
@@ -300,7 +309,13 @@ class MetricsLog:
         self.path, self.lines, self.wandb = os.path.join(out_dir, 'metrics.jsonl'), [], None
         if step and os.path.isfile(self.path):
             with open(self.path, encoding='utf-8') as f:
-                self.lines = [line for line in map(json.loads, f) if line['step'] < step]
+                for line in f:
+                    try:
+                        line = json.loads(line)
+                    except ValueError:                  # cut short by a crash
+                        break
+                    if line['step'] < step:
+                        self.lines.append(line)
         with open(self.path, 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(line) + '\n' for line in self.lines)
         if wandb_log:

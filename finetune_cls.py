@@ -183,6 +183,8 @@ if __name__ == '__main__':
     run = start_run(device, dtype, seed)
     master = run.rank == 0
 
+    if any(arg in ('--classify=', '--classify_file=') for arg in sys.argv):
+        fail("--classify and --classify_file need a text and a file")
     if classify or classify_file:
         model, words, names = load_classifier(out_dir)
         model.to(run.device)
@@ -268,7 +270,6 @@ if __name__ == '__main__':
     log = None
     if master:
         make_folder(out_dir)
-        words.save(out_dir)
         log = MetricsLog(out_dir, first_step, wandb_log, config)
         size, learning = (sum(p.numel() for p in ps) for ps in (model.parameters(), named))
         print(f"{size:,} parameters, {learning:,} of them learn; {counts.sum():,} training texts: "
@@ -305,7 +306,7 @@ if __name__ == '__main__':
             eval_seconds, clock_start = time.time() - clock_start, time.time()
         if step > first_step and (due or stopping):
             # the best weights are the run's result; the last ones, to go on with
-            save_checkpoint(run, out_dir, step=step, settings=config, tokenizer=words.fingerprint,
+            save_checkpoint(run, out_dir, words, step=step, settings=config,
                             model_type='gpt2' if isinstance(model, GPT2) else 'minimind',
                             model_config=asdict(model.config), model=best_weights, last=model.state_dict(),
                             labels=names, best=best, optimizer=optimizer.state_dict(),
@@ -363,7 +364,7 @@ if __name__ == '__main__':
             with open(os.path.join(out_dir, 'report.json'), 'w', encoding='utf-8') as f:
                 json.dump(report, f, ensure_ascii=False, indent=2)
             print(f"done in {clock(time.time() - began)}; the classifier, of step {best['step']:,}, is in "
-                  f"{out_dir}: python finetune_cls.py --classify=\"You won a prize\"")
+                  f"{out_dir}: python finetune_cls.py --out_dir={out_dir} --classify=\"You won a prize\"")
     run.barrier()
     if run.world_size > 1:
         dist.destroy_process_group()

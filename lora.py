@@ -198,6 +198,8 @@ def read_peft(model, folder):
         state = safetensors().load_file(os.path.join(folder, 'adapter_model.safetensors'))
     except OSError as e:
         fail(f"{folder} holds no adapters in PEFT's layout ({e.filename or e}: {e.strerror})")
+    except Exception as e:                      # of json, or SafetensorError, which is no ValueError
+        fail(f"{folder}: its adapters are damaged ({type(e).__name__}: {str(e)[:80]})")
     for key in ('use_dora', 'use_rslora', 'rank_pattern', 'alpha_pattern', 'modules_to_save'):
         if config.get(key):
             fail(f"{folder}/adapter_config.json: {key} is set, and is not supported here; plain LoRA is")
@@ -219,10 +221,9 @@ def save_adapters(run, out_dir, model, how, base, base_weights, words, **more):
     """Write the adapters into a run's folder, with the base they belong to and `how` they were injected."""
     # a folder is named from here, so that both may move together
     named = os.path.relpath(base, out_dir) if os.path.isdir(base) else base
-    save_checkpoint(run, out_dir, adapters=adapter_state(model), lora=how, base=named,
-                    base_fingerprint=base_weights, tokenizer=words.fingerprint,
-                    model_type='gpt2' if isinstance(model, GPT2) else 'minimind',
-                    model_config=asdict(model.config), **more)
+    save_checkpoint(run, out_dir, words, adapters=adapter_state(model), lora=how, base=named,
+                    base_fingerprint=base_weights, model_config=asdict(model.config),
+                    model_type='gpt2' if isinstance(model, GPT2) else 'minimind', **more)
 
 
 def load_base(source):
@@ -263,10 +264,12 @@ if __name__ == '__main__':
             write_peft(model, to_peft, source, checkpoint['model_type'])
             print(f"wrote the adapters of {out_dir} to {to_peft}; their base is {source}")
         if merge_to:
+            for taken in (out_dir, source):
+                if os.path.realpath(merge_to) == os.path.realpath(taken):
+                    fail(f"--merge_to={merge_to} would overwrite {taken}: choose another folder")
             make_folder(merge_to)
-            load_tokenizer(out_dir).save(merge_to)
-            save_checkpoint(run, merge_to, model=merge(model).state_dict(),
-                            **{key: checkpoint[key] for key in ('step', 'settings', 'tokenizer', 'model_type',
+            save_checkpoint(run, merge_to, load_tokenizer(out_dir), model=merge(model).state_dict(),
+                            **{key: checkpoint[key] for key in ('step', 'settings', 'model_type',
                                                                 'model_config')})
             print(f"merged {out_dir} into {source}; the model is in {merge_to}")
         sys.exit()
@@ -282,8 +285,8 @@ if __name__ == '__main__':
     if from_peft:
         how = read_peft(model, from_peft)
         make_folder(out_dir)
-        words.save(out_dir)
-        save_adapters(run, out_dir, model, how, source, base_weights, words, step=0, settings=config)
+        save_adapters(run, out_dir, model, how, source, base_weights, words, step=0,
+                      settings={**config, 'from_peft': ''})
         print(f"took the adapters of {from_peft} on top of {source} to {out_dir}")
         sys.exit()
     if block_size > model.config.context:
@@ -293,6 +296,7 @@ if __name__ == '__main__':
         try:
             torch.manual_seed(seed)                 # every rank draws the same A
             inject(model, **how)
+            torch.manual_seed(seed + run.rank)      # and its own dropout
         except ValueError as e:
             fail(f"--{e}")
     model.to(run.device)
@@ -338,7 +342,6 @@ if __name__ == '__main__':
     log = None
     if master:
         make_folder(out_dir)
-        words.save(out_dir)
         log = MetricsLog(out_dir, first_step, wandb_log, config)
         fill = rows.lengths[docs].sum() / len(rows.rows) / block_size
         total, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in named)

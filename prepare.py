@@ -134,7 +134,7 @@ class Tokenizer:
 
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json; transformers.AutoTokenizer loads the folder too."""
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder)
         self.backend.save(os.path.join(folder, 'tokenizer.json'))
         config = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
                       eos_token='<|endoftext|>', pad_token='<|endoftext|>')
@@ -939,7 +939,10 @@ def read_meta(name, task='pretrain'):
              f"--dataset={name}`, or use the built-in --dataset="
              + ' or '.join(k for k, t in BUILT_IN.items() if t == task))
     with open(path, encoding='utf-8') as f:
-        meta = json.load(f)
+        try:
+            meta = json.load(f)
+        except ValueError as e:
+            fail(f"{path} is damaged ({e}): run prepare.py again")
     if meta.get('format') != FORMAT:
         fail(f"{path} is of format {meta.get('format')}, this code reads {FORMAT}: run prepare.py again")
     if meta['task'] != task:
@@ -949,8 +952,11 @@ def read_meta(name, task='pretrain'):
 
 def read_split(name, split):
     """The arrays of 'train' or 'val', mapped into memory rather than read."""
-    return Split(*(np.load(os.path.join(data_folder(name), f'{split}_{field}.npy'), mmap_mode='r')
-                   for field in Split._fields))
+    try:
+        return Split(*(np.load(os.path.join(data_folder(name), f'{split}_{field}.npy'), mmap_mode='r')
+                       for field in Split._fields))
+    except (OSError, ValueError) as e:
+        fail(f"{data_folder(name)} is damaged ({e}): run prepare.py again")
 
 
 def read_labels(name, split):
@@ -975,9 +981,14 @@ def encode_pieces(tokenizer, pieces, task):
 
 def write_data(folder, tokenizer, pieces, source, task='pretrain', labels=()):
     """Tokenise the Pieces into a prepared folder, all or nothing. Returns its meta.json."""
-    partial = folder.rstrip('/' + os.sep) + '.partial'
+    folder = os.path.abspath(folder)
+    if os.path.exists(folder) and not os.path.isfile(os.path.join(folder, 'meta.json')):
+        fail(f"{folder} is there, and is no prepared data set: move it, or choose another --dataset")
+    if os.path.exists(source) and os.path.commonpath([folder, os.path.abspath(source)]) == folder:
+        fail(f"{source} lies in {folder}, which is written anew: choose another --dataset")
+    partial = folder + '.partial'
     shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
+    make_folder(partial)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     kinds = dict(tokens=dtype, mask=np.uint8, offsets=np.int64)
     writers = {split: Split(**{field: ArrayWriter(os.path.join(partial, f'{split}_{field}.npy'), kind)
@@ -1043,7 +1054,7 @@ def prepare_missing(run, dataset, tokenizer):
                 done = subprocess.run([sys.executable, os.path.join(HERE, script), *options], env=env)
                 if done.returncode:
                     sys.exit(done.returncode)
-        run.barrier()
+    run.barrier()
 
 
 if __name__ == '__main__':

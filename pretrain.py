@@ -85,7 +85,8 @@ compile = False                 # torch.compile: slow to start, faster on a GPU
 
 SHAPE = ('model', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'intermediate_size', 'qk_norm', 'qkv_bias',
          'positions', 'tie_word_embeddings', 'use_moe', 'num_experts', 'num_experts_per_tok',
-         'n_shared_experts', 'moe_intermediate_size')
+         'n_shared_experts', 'moe_intermediate_size', 'norm_topk_prob', 'router_aux_loss_coef', 'seq_aux',
+         'optimizer', 'weight_decay')
 
 
 # ---- batches ----
@@ -297,7 +298,7 @@ if __name__ == '__main__':
         for key in SHAPE if init_from == 'resume' else ():
             was = checkpoint['settings'].get(key, config[key])
             if config[key] != was:
-                fail(f"--{key}={config[key]}: {out_dir} has {key}={was}; a model keeps its shape")
+                fail(f"--{key}={config[key]}: {out_dir} has {key}={was}, and a resumed run keeps that")
         if block_size > model.config.context:
             fail(f"--block_size={block_size} is more than the context of {init_from}, {model.config.context}")
         weights = model.state_dict()
@@ -324,7 +325,6 @@ if __name__ == '__main__':
     log = None
     if master:
         make_folder(out_dir)
-        words.save(out_dir)
         log = MetricsLog(out_dir, first_step, wandb_log, config)
         size, tokens = sum(p.numel() for p in model.parameters()), rows * block_size
         print(f"{size:,} parameters, {len(train.tokens):,} training tokens, {tokens:,} a step: "
@@ -346,7 +346,7 @@ if __name__ == '__main__':
 
         due = step % eval_interval == 0 or step == max_iters
         if step > first_step and (due or stopping):
-            save_checkpoint(run, out_dir, step=step, settings=config, tokenizer=words.fingerprint,
+            save_checkpoint(run, out_dir, words, step=step, settings=config,
                             model_type='gpt2' if isinstance(model, GPT2) else 'minimind',
                             model_config=asdict(model.config),
                             model=model.state_dict(), scaler=scaler.state_dict(),
@@ -421,7 +421,8 @@ if __name__ == '__main__':
             saved = f"saved in {out_dir}; go on with --init_from=resume" if step else "nothing to save yet"
             print(f"stopped at step {step:,}; {saved}")
         else:
-            print(f"done in {clock(time.time() - began)}; the model is in {out_dir}: python sample.py")
+            print(f"done in {clock(time.time() - began)}; the model is in {out_dir}: python sample.py "
+                  f"--out_dir={out_dir}")
     if run.world_size > 1:
         run.barrier()               # a rank that leaves while rank 0 still draws is aborted by gloo
         dist.destroy_process_group()

@@ -310,7 +310,6 @@ if __name__ == '__main__':
     log = None
     if master:
         make_folder(out_dir)
-        words.save(out_dir)
         log = MetricsLog(out_dir, first_step, wandb_log, config)
         fill = rows.lengths[docs].sum() / len(rows.rows) / block_size
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(docs):,} conversations in "
@@ -337,7 +336,7 @@ if __name__ == '__main__':
 
         due = step % eval_interval == 0 or step == max_iters
         if step > first_step and (due or stopping):
-            save_checkpoint(run, out_dir, step=step, settings=config, tokenizer=words.fingerprint,
+            save_checkpoint(run, out_dir, words, step=step, settings=config,
                             model_type='gpt2' if isinstance(model, GPT2) else 'minimind',
                             model_config=asdict(model.config), model=model.state_dict(),
                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict())

@@ -49,6 +49,8 @@ def train_lookup(texts, vocab_size, kind):
                 pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(r'\s+'), 'removed'),
                                          pre_tokenizers.Split(tokenizers.Regex(PUNCTUATION), 'isolated')]))
     counts = Counter(unit for text in texts for unit, _ in splitter.pre_tokenize_str(text))
+    for special in ('<|endoftext|>', '<|unk|>'):
+        counts.pop(special, None)
     units = sorted(unit for unit, _ in counts.most_common(vocab_size - 2))
     vocab = {unit: i for i, unit in enumerate([*units, '<|endoftext|>', '<|unk|>'])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token='<|unk|>'))

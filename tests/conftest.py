@@ -83,7 +83,6 @@ def tiny_run(tmp_path, tokenizer, byte_tokenizer):
     def make(kind):
         folder = tmp_path / f'tiny_{kind}'
         words = byte_tokenizer if kind == 'gpt2' else tokenizer
-        words.save(folder)
         torch.manual_seed(0)
         if kind == 'gpt2':
             model = GPT2(GPT2Config(
@@ -92,9 +91,9 @@ def tiny_run(tmp_path, tokenizer, byte_tokenizer):
             model = MiniMind(MiniMindConfig(
                 vocab_size=words.vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=256))
-        save_checkpoint(Run(torch.device('cpu'), torch.float32, 0, 1), folder, step=0, settings={},
-                        tokenizer=words.fingerprint, model_type=kind, model_config=asdict(model.config),
-                        model=model.state_dict())
+        folder.mkdir(exist_ok=True)
+        save_checkpoint(Run(torch.device('cpu'), torch.float32, 0, 1), folder, words, step=0, settings={},
+                        model_type=kind, model_config=asdict(model.config), model=model.state_dict())
         return folder
     return make
 
@@ -142,7 +141,6 @@ def run_folder(tokenizer, tmp_path_factory):
     model = MiniMind(MiniMindConfig(vocab_size=tokenizer.vocab_size, hidden_size=64, num_hidden_layers=2,
                                     num_attention_heads=4, max_position_embeddings=128))
     folder = tmp_path_factory.mktemp('run')
-    tokenizer.save(folder)
-    save_checkpoint(start_run('cpu'), folder, step=0, settings={}, tokenizer=tokenizer.fingerprint,
-                    model_type='minimind', model_config=asdict(model.config), model=model.state_dict())
+    save_checkpoint(start_run('cpu'), folder, tokenizer, step=0, settings={}, model_type='minimind',
+                    model_config=asdict(model.config), model=model.state_dict())
     return folder

@@ -102,22 +102,22 @@ def test_learning_rate_warms_up_then_follows_half_a_cosine():
     assert [at(0), at(4), at(9), at(59), at(109), at(10**6)] == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1, 0.1])
 
 
-def test_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
+def test_checkpoint_is_whole_or_the_old_one(tmp_path, tokenizer, monkeypatch):
     run = start_run('cpu', 'float32', seed=1)
-    save_checkpoint(run, tmp_path, step=1, model_config={}, weight=torch.ones(3))
+    save_checkpoint(run, tmp_path, tokenizer, step=1, model_config={}, weight=torch.ones(3))
     def crash(state, f):
         f.write(b'half of a checkpo')
         raise OSError('disk full')
     monkeypatch.setattr(configurator.torch, 'save', crash)
     with pytest.raises(OSError):
-        save_checkpoint(run, tmp_path, step=2, model_config={})
+        save_checkpoint(run, tmp_path, tokenizer, step=2, model_config={})
     state = load_checkpoint(tmp_path)
     assert state['step'] == 1 and torch.equal(state['weight'], torch.ones(3))
 
 
-def test_checkpoint_brings_the_random_numbers_back(tmp_path):
+def test_checkpoint_brings_the_random_numbers_back(tmp_path, tokenizer):
     run = start_run('cpu', 'float32', seed=1)
-    save_checkpoint(run, tmp_path, model_config={})
+    save_checkpoint(run, tmp_path, tokenizer, model_config={})
     expected = torch.rand(3)
     torch.manual_seed(99)
     configurator.restore_rng(run, load_checkpoint(tmp_path)['rng'], step=0)
@@ -140,6 +140,8 @@ def test_metrics_of_steps_that_come_again_are_dropped(tmp_path):
     log = MetricsLog(tmp_path)
     for step in range(4):
         log.write(step=step, loss=float(step))
+    with open(tmp_path / 'metrics.jsonl', 'a') as f:
+        f.write('{"step": 4, "lo')                                      # what a crash leaves
     MetricsLog(tmp_path, step=2).write(step=2, loss=20.0)
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert lines == [{'step': 0, 'loss': 0.0}, {'step': 1, 'loss': 1.0}, {'step': 2, 'loss': 20.0}]

@@ -121,6 +121,17 @@ def test_an_interrupted_preparation_leaves_the_old_data(tmp_path, tokenizer):
     assert texts_of(folder, 'train') == ['old<|endoftext|>']
 
 
+def test_only_prepared_data_is_written_over(script, tmp_path, tokenizer_folder):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'novel.txt').write_text(TEXT * 20)
+    options = ['--input=mine/novel.txt', f'--tokenizer={tokenizer_folder}']
+    assert 'no prepared data set' in script('prepare.py', *options, '--dataset=./mine', code=2).stderr
+    assert 'no prepared data set' in script('prepare.py', *options, '--dataset=./.', code=2).stderr
+    assert (tmp_path / 'mine' / 'novel.txt').exists()
+    for _ in range(2):                                                  # but that is, again and again
+        script('prepare.py', *options, '--dataset=./data')
+
+
 # ---- mistakes ----
 
 FILES = {'empty.txt': b'', 'latin.txt': 'one\ntwo\ncaf\u00e9\n'.encode('latin-1') * 20, 'a.pdf': b'%PDF',

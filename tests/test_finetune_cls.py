@@ -160,6 +160,7 @@ def test_mistakes_are_one_line(script, tiny_run, moods):
             ([f'--init_from={run}', f'--dataset={moods("gpt2")}'], 'was tokenised otherwise than'),
             ([f'--init_from={run}', f'--dataset={data}', '--trainable=most'], "'head', 'last', 'all'"),
             ([f'--out_dir={run}', '--classify=x'], 'is no classifier'),
+            ([f'--out_dir={run}', '--classify='], 'need a text'),
             (['--out_dir=nowhere', '--classify=x'], 'nowhere'),
             ([f'--init_from={run}', '--dataset=none'], 'spam')]:
         assert words in script('finetune_cls.py', *options, code=2).stderr

@@ -185,6 +185,7 @@ def test_a_run_its_folder_and_the_merged_model(script, chats_folder, run_folder,
     assert torch.equal(again(tokens)[0], plain(tokens)[0]) and not adapters(plain)
 
     for arguments, words in ((['--out_dir=merged', '--merge_to=twice'], 'merged already'),
+                             (['--out_dir=a', '--merge_to=a'], 'would overwrite'),
                              (['--init_from=a', *FAST], 'merge them first'),
                              ([f'--init_from={run_folder}', '--targets=query', *FAST], "called 'query'"),
                              ([f'--init_from={run_folder}', '--from_peft=nowhere'], 'adapter_config.json')):

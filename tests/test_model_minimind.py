@@ -331,8 +331,8 @@ def test_export_of_a_run(script, tmp_path, tokenizer):
     transformers = pytest.importorskip('transformers')
     model = tiny(vocab_size=tokenizer.vocab_size, qk_norm=True)
     tokenizer.save(tmp_path / 'run')
-    save_checkpoint(Run(torch.device('cpu'), torch.float32, 0, 1), str(tmp_path / 'run'), step=1, settings={},
-                    tokenizer=tokenizer.fingerprint, model_type='minimind', model_config=asdict(model.config),
+    save_checkpoint(Run(torch.device('cpu'), torch.float32, 0, 1), str(tmp_path / 'run'), tokenizer, step=1,
+                    settings={}, model_type='minimind', model_config=asdict(model.config),
                     model=model.state_dict())
     script('model_minimind.py', '--out_dir=run', '--export_dir=hf', '--yarn_factor=2')
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float32).eval()

@@ -166,6 +166,16 @@ def test_a_finished_run_goes_on_only_when_asked_for_more(script, tmp_path, data)
     assert all(torch.equal(w, weights(tmp_path / 'run')[k]) for k, w in weights(tmp_path / 'other').items())
 
 
+def test_a_run_is_resumed_by_its_own_stage_with_its_own_shape(script, tmp_path, data):
+    script('pretrain.py', *TINY, f'--dataset={data}', '--max_iters=1', '--out_dir=run')
+    line = script('sft.py', '--init_from=resume', '--out_dir=run', code=2).stderr
+    assert 'one of pretrain.py' in line and '--init_from=run' in line
+    for change in ('--n_layer=3', '--optimizer=adamw', '--weight_decay=0.9'):
+        again = ['--init_from=resume', '--out_dir=run', '--max_iters=2', change]
+        line = script('pretrain.py', *again, code=2).stderr
+        assert change in line and 'a resumed run keeps that' in line
+
+
 # ---- mistakes ----
 
 @pytest.mark.parametrize('args, words', [

@@ -125,6 +125,11 @@ def test_words_as_the_chapter_builds_them(shared):
     assert words.decode(words.encode('the last he painted, you know')) == 'the last he painted, you know'
 
 
+def test_special_tokens_in_the_text_are_no_words():
+    words = Tokenizer(train_lookup([f'{TEXT} <|endoftext|> <|unk|>'], 10_000, 'word'))
+    assert max(words.encode(TEXT + ' zebra')) == words.vocab_size - 1
+
+
 def test_characters():
     chars = Tokenizer(train_lookup([TEXT], 10_000, 'char'))
     assert chars.vocab_size == len(set(TEXT)) + 2
