@@ -289,6 +289,14 @@ def load_checkpoint(out_dir):
     fail(f"{path} is not a checkpoint of this project ({reason})")
 
 
+def keep_settings(config, checkpoint, *keys):
+    """Refuse to resume a run with another value of a setting that its state was made with."""
+    for key in keys:
+        was = checkpoint['settings'].get(key, config[key])
+        if config[key] != was:
+            fail(f"--{key}={config[key]}: {config['out_dir']} has {key}={was}, and a resumed run keeps that")
+
+
 def restore_rng(run, rngs, step):
     """Continue each rank's random numbers where they stopped; another number of ranks starts new ones."""
     if len(rngs) != run.world_size:

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
-from configurator import (HERE, MetricsLog, StopSignal, clock, configure, fail, learning_rate_at, make_folder,
-                          restore_rng, save_checkpoint, start_run)
+from configurator import (HERE, MetricsLog, StopSignal, clock, configure, fail, keep_settings,
+                          learning_rate_at, make_folder, restore_rng, save_checkpoint, start_run)
 from dpo import hidden_states
 from model_gpt2 import GPT2
 from model_minimind import MiniMind, MiniMindConfig
@@ -227,6 +227,7 @@ if __name__ == '__main__':
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     first_step = 0
     if init_from == 'resume':
+        keep_settings(config, checkpoint, 'weight_decay', 'n_layer', 'n_head', 'n_kv_head', 'n_embd')
         first_step = checkpoint['step']
         optimizer.load_state_dict(checkpoint['optimizer'])
         scaler.load_state_dict(checkpoint['scaler'])

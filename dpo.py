@@ -31,8 +31,9 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import (MetricsLog, StopSignal, clock, configure, fail, fingerprint, learning_rate_at,
-                          load_checkpoint, make_folder, restore_rng, save_checkpoint, start_run)
+from configurator import (MetricsLog, StopSignal, clock, configure, fail, fingerprint, keep_settings,
+                          learning_rate_at, load_checkpoint, make_folder, restore_rng, save_checkpoint,
+                          start_run)
 from model_gpt2 import GPT2
 from prepare import Progress, data_folder, prepare_missing, read_meta, read_split
 from sample import load_run
@@ -261,6 +262,7 @@ if __name__ == '__main__':
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     first_step = 0
     if init_from == 'resume':
+        keep_settings(config, checkpoint, 'weight_decay')
         first_step = checkpoint['step']
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])

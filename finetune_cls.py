@@ -27,8 +27,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import (MetricsLog, StopSignal, clock, configure, fail, learning_rate_at, load_checkpoint,
-                          make_folder, restore_rng, save_checkpoint, start_run)
+from configurator import (MetricsLog, StopSignal, clock, configure, fail, keep_settings, learning_rate_at,
+                          load_checkpoint, make_folder, restore_rng, save_checkpoint, start_run)
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import data_folder, load_tokenizer, prepare_missing, read_labels, read_meta, read_split
@@ -255,6 +255,7 @@ if __name__ == '__main__':
     best = dict(accuracy=-1.0, loss=math.inf, step=0)
     best_weights = None
     if init_from == 'resume':
+        keep_settings(config, checkpoint, 'weight_decay', 'trainable')
         first_step, best, best_weights = checkpoint['step'], checkpoint['best'], checkpoint['model']
         optimizer.load_state_dict(checkpoint['optimizer'])
         scaler.load_state_dict(checkpoint['scaler'])

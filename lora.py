@@ -27,8 +27,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import (MetricsLog, StopSignal, clock, configure, fail, fingerprint, learning_rate_at,
-                          load_checkpoint, make_folder, restore_rng, save_checkpoint, start_run)
+from configurator import (MetricsLog, StopSignal, clock, configure, fail, fingerprint, keep_settings,
+                          learning_rate_at, load_checkpoint, make_folder, restore_rng, save_checkpoint,
+                          start_run)
 from model_gpt2 import GPT2
 from prepare import data_folder, load_tokenizer, prepare_missing, read_meta, read_split
 from sample import load_run
@@ -286,7 +287,7 @@ if __name__ == '__main__':
         how = read_peft(model, from_peft)
         make_folder(out_dir)
         save_adapters(run, out_dir, model, how, source, base_weights, words, step=0,
-                      settings={**config, 'from_peft': ''})
+                      settings={**config, **how, 'from_peft': ''})
         print(f"took the adapters of {from_peft} on top of {source} to {out_dir}")
         sys.exit()
     if block_size > model.config.context:
@@ -327,6 +328,7 @@ if __name__ == '__main__':
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     first_step = 0
     if init_from == 'resume':
+        keep_settings(config, checkpoint, 'weight_decay', 'rank', 'alpha', 'targets', 'dropout')
         first_step = checkpoint['step']
         optimizer.load_state_dict(checkpoint['optimizer'])
         scaler.load_state_dict(checkpoint['scaler'])

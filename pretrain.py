@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import (HERE, MetricsLog, StopSignal, clock, configure, fail, learning_rate_at, make_folder,
-                          restore_rng, save_checkpoint, start_run)
+from configurator import (HERE, MetricsLog, StopSignal, clock, configure, fail, keep_settings,
+                          learning_rate_at, make_folder, restore_rng, save_checkpoint, start_run)
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import data_folder, load_tokenizer, prepare_missing, read_meta, read_split
@@ -295,10 +295,8 @@ if __name__ == '__main__':
         model, its_words, checkpoint = load_run(out_dir if init_from == 'resume' else init_from)
         if its_words.fingerprint != words.fingerprint:
             fail(f"{init_from}: its tokenizer is not the one that made {data_folder(dataset)}")
-        for key in SHAPE if init_from == 'resume' else ():
-            was = checkpoint['settings'].get(key, config[key])
-            if config[key] != was:
-                fail(f"--{key}={config[key]}: {out_dir} has {key}={was}, and a resumed run keeps that")
+        if init_from == 'resume':
+            keep_settings(config, checkpoint, *SHAPE)
         if block_size > model.config.context:
             fail(f"--block_size={block_size} is more than the context of {init_from}, {model.config.context}")
         weights = model.state_dict()

@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import (MetricsLog, StopSignal, clock, configure, fail, learning_rate_at, make_folder,
-                          restore_rng, save_checkpoint, start_run)
+from configurator import (MetricsLog, StopSignal, clock, configure, fail, keep_settings, learning_rate_at,
+                          make_folder, restore_rng, save_checkpoint, start_run)
 from model_gpt2 import GPT2
 from prepare import data_folder, prepare_missing, print_mask, read_meta, read_split
 from sample import generate, left_pad, load_run, stop_ids
@@ -295,6 +295,7 @@ if __name__ == '__main__':
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     first_step = 0
     if init_from == 'resume':
+        keep_settings(config, checkpoint, 'weight_decay')
         first_step = checkpoint['step']
         optimizer.load_state_dict(checkpoint['optimizer'])
         scaler.load_state_dict(checkpoint['scaler'])
