@@ -282,8 +282,8 @@ def test_a_run_of_gpt2_from_scratch_to_transformers_and_back(script, tmp_path, t
     assert held_out[0] == pytest.approx(math.log(tokenizer.vocab_size), abs=0.2) and held_out[-1] < 0.5
 
     # going on keeps the shape, and says so
-    assert 'a resumed run keeps that' in script('pretrain.py', '--out_dir=run', '--init_from=resume', '--n_layer=3',
-                                       '--max_iters=101', code=2).stderr
+    again = ['--out_dir=run', '--init_from=resume', '--n_layer=3', '--max_iters=101']
+    assert 'a resumed run keeps that' in script('pretrain.py', *again, code=2).stderr
     script('pretrain.py', '--out_dir=run', '--init_from=resume', '--max_iters=101')
     assert load_run(tmp_path / 'run')[2]['step'] == 101
 
