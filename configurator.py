@@ -65,8 +65,10 @@ def configure(settings, **legal):
     for arg in sys.argv[1:]:
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
-            given[key] = check(settings, keys, legal, key, parse(text, settings.get(key)) if equals else True,
-                               arg)
+            value = check(settings, keys, legal, key, parse(text, settings.get(key)) if equals else True, arg)
+            # a folder is kept in full: the run may be resumed, or its base looked for, from another place
+            is_folder = isinstance(value, str) and os.sep in value and os.path.isdir(value)
+            given[key] = os.path.abspath(value) if is_folder else value
         else:
             for key, (value, where) in read_config_file(arg).items():
                 given[key] = anchored(check(settings, keys, legal, key, value, where))
@@ -202,7 +204,7 @@ def start_run(device='auto', dtype='auto', seed=0):
     if world_size > 1 and device == 'cuda':
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()            # 'meta' makes tensors, but holds no numbers
         device = torch.device(device)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0].rstrip('.')

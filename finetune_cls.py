@@ -31,7 +31,8 @@ from configurator import (MetricsLog, StopSignal, clock, configure, fail, keep_s
                           load_checkpoint, make_folder, restore_rng, save_checkpoint, start_run)
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
-from prepare import data_folder, load_tokenizer, prepare_missing, read_labels, read_meta, read_split
+from prepare import (data_folder, load_tokenizer, prepare_missing, read_labels, read_meta, read_split,
+                     whole_text)
 from sample import load_run
 
 # the run
@@ -190,10 +191,11 @@ if __name__ == '__main__':
         model.to(run.device)
         if classify_file:
             try:
-                with open(classify_file, encoding='utf-8') as f:
-                    texts = [line.strip() for line in f if line.strip()]
-            except (OSError, UnicodeDecodeError) as e:
-                fail(f"--classify_file={classify_file}: {e}")
+                texts = [line.strip() for line in whole_text(classify_file).split('\n') if line.strip()]
+            except OSError as e:
+                fail(f"--classify_file={classify_file}: {e.strerror}")
+            if not texts:
+                fail(f"--classify_file={classify_file}: no line with text")
         else:
             texts = [classify]
         for text in texts:

@@ -662,12 +662,13 @@ export_dir = ''         # folder to write for transformers: config.json, weights
 yarn_factor = 1.0       # how many times longer than in training the exported model's context is
 
 if __name__ == '__main__':
-    from configurator import configure, fail
+    from configurator import configure, fail, make_folder
     from sample import load_run, stop_ids
     configure(globals(), yarn_factor=1)
     if bool(out_dir) != bool(export_dir):
         fail("an export takes both --out_dir=RUN and --export_dir=FOLDER")
     if export_dir:
+        make_folder(export_dir)
         model, tokenizer, _ = load_run(out_dir)
         try:
             if yarn_factor > 1:

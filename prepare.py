@@ -27,6 +27,7 @@ assistant says is (encode_chat); a pair is two documents, chosen and rejected, a
 holds the label's number. (Tutorial chapters I-1, I-7, I-8 and II-8 to II-12.)
 """
 import ast
+import atexit
 import codecs
 import csv
 import difflib
@@ -459,6 +460,8 @@ def read_records(file, parse, on_error='stop'):
             reason = f"not UTF-8 (byte 0x{e.object[e.start]:02x} in column {e.start + 1})"
         except json.JSONDecodeError as e:
             reason = f"not JSON ({e.msg}, column {e.colno})"
+        except RecursionError:
+            reason = "JSON nested too deep"
         except ValueError as e:
             reason = str(e)
         else:
@@ -503,6 +506,8 @@ def json_list(file):
             item, at = decode(text, at)
         except json.JSONDecodeError as e:
             fail(f"{file}:{e.lineno}: not JSON ({e.msg}, column {e.colno})")
+        except RecursionError:
+            fail(f"{file}:{line}: JSON nested too deep")
         yield line, item, at / len(text)
         at = gap(text, at).end()
         separator = text[at:at + 1]
@@ -988,6 +993,7 @@ def write_data(folder, tokenizer, pieces, source, task='pretrain', labels=()):
         fail(f"{source} lies in {folder}, which is written anew: choose another --dataset")
     partial = folder + '.partial'
     shutil.rmtree(partial, ignore_errors=True)
+    atexit.register(shutil.rmtree, partial, ignore_errors=True)     # a run that fails leaves nothing behind
     make_folder(partial)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     kinds = dict(tokens=dtype, mask=np.uint8, offsets=np.int64)
@@ -1025,7 +1031,6 @@ def write_data(folder, tokenizer, pieces, source, task='pretrain', labels=()):
             array.close()
     for split, count in counts.items():
         if not count['bytes']:
-            shutil.rmtree(partial)
             fail(f"{source}: no document falls into {split!r}; give more text, or another --val_fraction")
         if labels:
             np.save(os.path.join(partial, f'{split}_labels.npy'), np.array(numbers[split], dtype=np.int64))

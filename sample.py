@@ -15,6 +15,7 @@ Decoding picks from it: the likeliest token each time (greedy, temperature=0), o
     top_p               only the likeliest that together reach probability p remain (Holtzman et al. 2020)
     min_p               only tokens min_p times as likely as the likeliest remain (Nguyen et al. 2024)
 """
+import difflib
 import json
 import os
 import sys
@@ -223,6 +224,8 @@ def load_run(source, device='cpu'):
                 fail(f"{source}: a model of type {kind!r}; these can be read: {', '.join(kinds)}")
             model, tokenizer = kinds[kind].from_pretrained(source), load_tokenizer(source)
         else:
+            if not os.path.exists(source) and (near := difflib.get_close_matches(source, OFFICIAL, n=1)):
+                fail(f"{source} is neither a folder nor a model by name; did you mean {near[0]!r}?")
             checkpoint = load_checkpoint(source)
             tokenizer = load_tokenizer(source)
             if tokenizer.fingerprint != checkpoint['tokenizer']:

@@ -52,6 +52,12 @@ def test_values_are_python_literals(stage):
     assert stage('--start=3')[4] == '3'
 
 
+def test_a_folder_is_kept_in_full_as_a_run_may_be_resumed_from_elsewhere(stage, tmp_path):
+    (tmp_path / 'data').mkdir()
+    assert stage('--start=./data')[4] == str(tmp_path / 'data')
+    assert [stage(f'--start={text}')[4] for text in ('data', './nowhere')] == ['data', './nowhere']
+
+
 def test_later_wins_and_config_files_count_from_the_repository_too(stage, tmp_path):
     (tmp_path / 'small.py').write_text("steps = 2  # fewer\nrate = steps / 4\n")
     assert stage('small.py') == (2, 0.5, False, 'plain', '')

@@ -131,6 +131,11 @@ def test_a_run_learns_and_then_classifies(script, tmp_path, tiny_run, moods, kin
     one = script('finetune_cls.py', '--out_dir=run', '--classify=today I saw the rain').stdout
     assert one.strip() == lines[0]
     assert 'classifier' in script('sample.py', '--out_dir=run', code=2).stderr
+    (tmp_path / 'blank.txt').write_text('\n \n')
+    (tmp_path / 'latin.txt').write_bytes('caf\ncafé'.encode('latin-1'))
+    for file, words in (('nowhere', 'No such file'), ('blank.txt', 'no line with text'),
+                        ('latin.txt', 'latin.txt:2: not UTF-8 (byte 0xe9)')):
+        assert words in script('finetune_cls.py', '--out_dir=run', f'--classify_file={file}', code=2).stderr
 
 
 def test_pictures(script, tmp_path, tiny_run, moods):

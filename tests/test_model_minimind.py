@@ -349,3 +349,6 @@ def test_export_of_a_run(script, tmp_path, tokenizer):
     assert auto.apply_chat_template(chat, add_generation_prompt=True)['input_ids'] == ids
     assert auto.encode('The keeper reads') == tokenizer.encode('The keeper reads')
     assert '--export_dir' in script('model_minimind.py', '--out_dir=run', code=2).stderr
+    for stage in ('model_minimind.py', 'model_gpt2.py'):
+        line = script(stage, '--out_dir=run', '--export_dir=run/ckpt.pt', code=2).stderr
+        assert 'run/ckpt.pt: File exists' in line

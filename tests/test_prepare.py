@@ -150,12 +150,21 @@ def test_a_malformed_conversation_is_one_line_or_skipped(tmp_path, capsys, name)
 @pytest.mark.parametrize('text, words', [
     ('{"messages": []}', 'a.json:1: not a list'), ('[\n\n{"messages": [}]', 'a.json:3: not JSON'),
     ('[{"instruction": "a", "output": "b"}\n{', 'a.json:1: not JSON'),
-    ('[\n{"instruction": "a", "output": "b"},\n{"instruction": "a"}]', 'a.json:3: no field "output"')])
+    ('[\n{"instruction": "a", "output": "b"},\n{"instruction": "a"}]', 'a.json:3: no field "output"'),
+    ('[\n' + '[' * 10**6, 'a.json:2: JSON nested too deep')])
 def test_a_broken_json_list_is_reported_with_its_line(tmp_path, capsys, text, words):
     (tmp_path / 'a.json').write_text(text)
     with pytest.raises(SystemExit):
         list(read_conversations(str(tmp_path / 'a.json')))
     assert words in capsys.readouterr().err
+
+
+def test_a_malformed_record_leaves_no_folder_behind(script, tmp_path, tokenizer_folder):
+    (tmp_path / 'chats.jsonl').write_text(json.dumps(dict(messages=turns('Hi', 'Yo'))) + '\n' + '[' * 10**6)
+    line = script('prepare.py', '--input=chats.jsonl', f'--tokenizer={tokenizer_folder}', '--dataset=./chats',
+                  code=2).stderr
+    assert 'chats.jsonl:2: JSON nested too deep' in line
+    assert [path.name for path in tmp_path.iterdir()] == ['chats.jsonl']
 
 
 # ---- labelled text ----

@@ -230,7 +230,9 @@ def test_a_full_context_is_said(script, hf):
     (['--start=FILE:nowhere'], 'No such file'),
     (['--start=', '--lines'], 'no line with text'),
     (['--start=a\nb', '--lines', '--show_probs'], 'one prompt'),
-    (['--init_from=gpt3'], 'no checkpoint gpt3'),
+    (['--init_from=nowhere'], 'no checkpoint nowhere'),
+    (['--init_from=gpt2-mediun'], "did you mean 'gpt2-medium'"),
+    (['--device=meta'], "device='meta' does not work"),
 ])
 def test_a_mistake_is_one_line(script, hf, args, words):
     where = [] if any(arg.startswith('--init_from') for arg in args) else [f'--init_from={hf}']
