@@ -254,15 +254,18 @@ def sort_by_expert(chosen, num_experts):
     return order, torch.searchsorted(experts, numbers, right=True, out_int32=True)
 
 
+@torch.compiler.disable
 def padded_rows(ends, size):
     """How many rows each expert gets if all get the same, padding included; 0 where that does not pay.
 
-    Off CUDA grouped_mm goes from expert to expert, and small products one after the other leave cores idle.
-    Padded to one shape they are one batched product, until the padding costs an expert more than the call it
-    saves: about 2^22 multiplications, as measured. With few visits it would read experts that nobody visits.
+    On a CPU grouped_mm goes from expert to expert, and products so small occupy one core. Padded to one shape
+    they are one batched product, until the padding costs an expert more than the calls it saves: about 2^22
+    multiplications, as measured. With fewer visits than experts it would read some that nobody visits.
 
     ends as sort_by_expert gives it; size: numbers in the matrix of an expert.
     """
+    if ends.is_cuda or torch.get_num_threads() == 1:
+        return 0
     visits, most = ends[-1].item(), ends.diff(prepend=ends.new_zeros(1)).max().item()
     return most if visits >= len(ends) and (most - visits / len(ends)) * size < 2**22 else 0
 
@@ -301,12 +304,13 @@ class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, C, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, C))     # gate above up
-        self.down_proj = nn.Parameter(torch.empty(E, C, width))
+        # (in, out) each, where nn.Linear has (out, in): their gradients come so, and need not be turned
+        self.gate_up = nn.Parameter(torch.empty(E, C, 2 * width))
+        self.down = nn.Parameter(torch.empty(E, width, C))
 
     def forward(self, x, chosen, weights):
         """x (N, C); chosen (N, k), the experts each token visits, and their weights (N, k) -> (N, C)."""
-        E, dtype, device = len(self.down_proj), self.down_proj.dtype, x.device
+        E, dtype, device = len(self.down), self.down.dtype, x.device
         if torch.is_autocast_enabled(device.type):                         # it does not know grouped products
             dtype = torch.get_autocast_dtype(device.type)
         # a slot for each visit, those of one expert side by side
@@ -314,7 +318,7 @@ class Experts(nn.Module):
         visits = torch.arange(len(order), device=device)
         slot, slots = torch.empty_like(order), len(order)
         slot[order] = visits
-        rows = 0 if x.is_cuda else padded_rows(ends, self.down_proj[0].numel())
+        rows = padded_rows(ends, self.down[0].numel())
         if rows:                                                           # the same number for each expert
             starts = torch.cat([ends.new_zeros(1), ends[:-1]])
             slot += (torch.arange(E, device=device) * rows - starts)[chosen.flatten()]
@@ -324,15 +328,14 @@ class Experts(nn.Module):
         weight = x.new_zeros(slots, dtype=dtype).index_copy(0, slot, weights.to(dtype).flatten())
         slot = slot.view_as(chosen)
 
-        def product(h, matrices):                                          # (S, in), (E, out, in) -> (S, out)
-            matrices = matrices.to(dtype).transpose(1, 2)
+        def product(h, matrices):                                          # (S, in), (E, in, out) -> (S, out)
             if rows:
-                return (h.view(E, rows, -1) @ matrices).flatten(0, 1)
-            return grouped_mm(h, matrices, offs=ends)
+                return (h.view(E, rows, -1) @ matrices.to(dtype)).flatten(0, 1)
+            return grouped_mm(h, matrices.to(dtype), offs=ends)
 
         h = Dispatch.apply(x.to(dtype), token, slot)                       # (N, C) -> (S, C)
-        gate, up = product(h, self.gate_up_proj).chunk(2, dim=-1)
-        h = product(F.silu(gate) * up * weight[:, None], self.down_proj)   # (S, width) -> (S, C)
+        gate, up = product(h, self.gate_up).chunk(2, dim=-1)
+        h = product(F.silu(gate) * up * weight[:, None], self.down)        # (S, width) -> (S, C)
         return Collect.apply(h, token, slot).to(x.dtype)                   # (S, C) -> (N, C)
 
 
@@ -420,7 +423,7 @@ class MiniMind(nn.Module):
             if p.dim() >= 2:
                 # matrices that write into the residual stream start smaller, as 2 x layers of them add up
                 # there (Radford et al. 2019, section 2.3)
-                into_stream = 'o_proj' in name or 'down_proj' in name
+                into_stream = 'o_proj' in name or 'down' in name
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers if into_stream else 1))
 
     def forward(self, tokens, targets=None, cache=None, segments=None):
@@ -584,19 +587,22 @@ def read_weights(source):
 
 
 def stack_experts(state):
-    """Replace experts.0.gate_proj.weight, ... of each layer, as checkpoints have them, by the two stacks."""
+    """Replace experts.0.gate_proj.weight, ... of each layer, as checkpoints have them, by the two stacks of
+    Experts. Those of transformers, experts.gate_up_proj and down_proj, are their transposes."""
     state, experts = dict(state), {}
     for name in list(state):
         if found := re.fullmatch(r'(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight', name):
             layer, expert, part = found.groups()
             experts.setdefault(layer, {})[int(expert), part] = state.pop(name)
+        elif found := re.fullmatch(r'(.*\.experts\.(gate_up|down))_proj', name):
+            state[found[1]] = state.pop(name).mT
     for layer, parts in experts.items():
         numbers = sorted({expert for expert, _ in parts})
         if len(parts) != 3 * len(numbers):
             raise ValueError(f"{layer}: an expert lacks its gate, up or down matrix")
         pairs = [torch.cat([parts[e, 'gate'], parts[e, 'up']]) for e in numbers]
-        state[f'{layer}.gate_up_proj'] = torch.stack(pairs)
-        state[f'{layer}.down_proj'] = torch.stack([parts[e, 'down'] for e in numbers])
+        state[f'{layer}.gate_up'] = torch.stack(pairs).mT
+        state[f'{layer}.down'] = torch.stack([parts[e, 'down'] for e in numbers]).mT
     return state
 
 
@@ -608,8 +614,8 @@ def unstack_experts(state):
         if not experts:
             out[name] = value
         for e, matrix in enumerate(value) if experts else ():
-            named = zip(('gate', 'up'), matrix.chunk(2)) if part == 'gate_up_proj' else [('down', matrix)]
-            out.update({f'{layer}.experts.{e}.{kind}_proj.weight': m.clone() for kind, m in named})
+            named = zip(('gate', 'up'), matrix.T.chunk(2)) if part == 'gate_up' else [('down', matrix.T)]
+            out.update({f'{layer}.experts.{e}.{kind}_proj.weight': m.contiguous() for kind, m in named})
     return out
 
 
@@ -656,7 +662,7 @@ def config_of_official(state, source):
         third = first + 'self_attn.q_norm.weight' in shape
         head_dim = shape[first + 'self_attn.q_norm.weight'][0] if third else C // 8
         moe = first + 'mlp.gate.weight' in shape
-        width = shape[first + ('mlp.experts.down_proj' if moe else 'mlp.down_proj.weight')][-1]
+        width = shape[first + ('mlp.experts.down' if moe else 'mlp.down_proj.weight')][1]
     except KeyError as e:
         raise ValueError(f"{source} is no checkpoint of MiniMind: it has no {e.args[0]}") from None
     return MiniMindConfig(

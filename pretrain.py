@@ -236,7 +236,7 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay):
         inside = '.layers.' in name or '.h.' in name
         kind = optimizer if inside and p.dim() >= 2 and not router else 'adamw'
         decay = weight_decay if p.dim() >= 2 and not router else 0.0
-        scale = 0.1 if router else visits if name.endswith('experts.down_proj') else 1
+        scale = 0.1 if router else visits if name.endswith('experts.down') else 1
         groups[kind].setdefault((decay, scale), []).append(p)
     adamw, muon = ([dict(params=params, weight_decay=decay, scale=scale)
                     for (decay, scale), params in own.items()] for own in groups.values())
