@@ -98,6 +98,11 @@ def tiny_run(tmp_path, tokenizer, byte_tokenizer):
     return make
 
 
+@pytest.fixture
+def run_folder(tiny_run):
+    return tiny_run('minimind')
+
+
 @pytest.fixture(scope='session')
 def shared():
     """shared('data/the-verdict.txt') is the path of a file of the tutorial; without it the test is skipped.
@@ -128,19 +133,3 @@ def same_random_numbers():
 def numbers(pattern, text):
     """All numbers that stand where the pattern has (...), as floats: numbers('loss (.+?) ', output)."""
     return [float(n.replace(',', '')) for n in re.findall(pattern, text)]
-
-
-@pytest.fixture(scope='session')
-def run_folder(tokenizer, tmp_path_factory):
-    """The folder of a run: a MiniMind of two layers and a context of 128, with weights as they are drawn."""
-    from dataclasses import asdict
-
-    from configurator import save_checkpoint, start_run
-    from model_minimind import MiniMind, MiniMindConfig
-    torch.manual_seed(1)
-    model = MiniMind(MiniMindConfig(vocab_size=tokenizer.vocab_size, hidden_size=64, num_hidden_layers=2,
-                                    num_attention_heads=4, max_position_embeddings=128))
-    folder = tmp_path_factory.mktemp('run')
-    save_checkpoint(start_run('cpu'), folder, tokenizer, step=0, settings={}, model_type='minimind',
-                    model_config=asdict(model.config), model=model.state_dict())
-    return folder
