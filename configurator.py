@@ -9,12 +9,14 @@ overrides them with what the config files and then the command line say:
 
     python pretrain.py config/small.py --batch_size=8 --start="def is_"
 
-A relative path in a script or a config file starts at the repository, one on the command line where you are.
+A path in a script or a config file that begins with out/ or data/ starts at the repository, any other where
+you are.
 A mistake of the user ends in one line on stderr and exit code 2, through `fail`.
 """
 import ast
 import difflib
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -67,8 +70,8 @@ def configure(settings, **legal):
             key, equals, text = arg[2:].partition('=')
             value = check(settings, keys, legal, key, parse(text, settings.get(key)) if equals else True, arg)
             # a folder is kept in full: the run may be resumed, or its base looked for, from another place
-            is_folder = isinstance(value, str) and os.sep in value and os.path.isdir(value)
-            given[key] = os.path.abspath(value) if is_folder else value
+            is_path = isinstance(value, str) and (os.sep in value or key in ('init_from', 'teacher'))
+            given[key] = os.path.abspath(value) if is_path and os.path.isdir(value) else value
         else:
             for key, (value, where) in read_config_file(arg).items():
                 given[key] = anchored(check(settings, keys, legal, key, value, where))
@@ -225,6 +228,13 @@ def start_run(device='auto', dtype='auto', seed=0):
     return Run(device, getattr(torch, dtype), rank, world_size)
 
 
+def data_parallel(model):
+    """The model with its gradients averaged over the ranks. Its buffers are tables, the same on each."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'   # before 2.13
+    return DistributedDataParallel(model, **{sync: False})
+
+
 def learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters):
     """Linear warmup to learning_rate, then half a cosine down to min_lr at max_iters."""
     if step < warmup_iters:
@@ -280,7 +290,8 @@ def load_checkpoint(out_dir):
     if not os.path.isfile(path):
         stage = os.path.basename(os.path.normpath(out_dir)) + '.py'
         known = os.path.isfile(os.path.join(HERE, stage))
-        fail(f"no checkpoint {path}: train first" + (f", with `python {stage}`" if known else ""))
+        fail(f"no checkpoint {path}: " + (f"train first, with `python {stage}`" if known else
+                                          "name the folder of a run, or train it first"))
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         if 'model_config' in state:

@@ -25,10 +25,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
-from configurator import (HERE, MetricsLog, StopSignal, clock, configure, fail, keep_settings,
+from configurator import (HERE, MetricsLog, StopSignal, clock, configure, data_parallel, fail, keep_settings,
                           learning_rate_at, make_folder, restore_rng, save_checkpoint, start_run)
 from dpo import hidden_states
 from model_gpt2 import GPT2
@@ -237,7 +236,7 @@ if __name__ == '__main__':
     compiled = torch.compile(model) if compile else model
     wrapped = compiled
     if run.world_size > 1:
-        wrapped = DistributedDataParallel(compiled, broadcast_buffers=False)
+        wrapped = data_parallel(compiled)
 
     tags = [words.encode(tag) for tag in TAGS]
 
@@ -313,7 +312,7 @@ if __name__ == '__main__':
             loss = parts[0]
             total += parts.detach()
             if getattr(model.config, 'use_moe', False):     # a mean, as the sum over all targets is divided
-                loss = loss + sum(block.mlp.aux_loss for block in model.model.layers) * is_target.sum()
+                loss = loss + model.auxiliary_loss(is_target) * is_target.sum()
             # DDP averages gradients over ranks; times world_size that is the sum which the loss asks for
             scaler.scale(loss * (run.world_size / max(1, n_targets))).backward()
         scaler.unscale_(optimizer)

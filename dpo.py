@@ -29,11 +29,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from configurator import (MetricsLog, StopSignal, clock, configure, fail, fingerprint, keep_settings,
-                          learning_rate_at, load_checkpoint, make_folder, restore_rng, save_checkpoint,
-                          start_run)
+from configurator import (MetricsLog, StopSignal, clock, configure, data_parallel, fail, fingerprint,
+                          keep_settings, learning_rate_at, load_checkpoint, make_folder, restore_rng,
+                          save_checkpoint, start_run)
 from model_gpt2 import GPT2
 from prepare import Progress, data_folder, prepare_missing, read_meta, read_split
 from sample import load_run
@@ -273,7 +272,7 @@ if __name__ == '__main__':
     compiled = torch.compile(model) if compile else model
     wrapped = compiled
     if run.world_size > 1:
-        wrapped = DistributedDataParallel(compiled, broadcast_buffers=False)
+        wrapped = data_parallel(compiled)
 
     # say what is about to happen
     log = None

@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from configurator import (MetricsLog, StopSignal, clock, configure, fail, keep_settings, learning_rate_at,
-                          load_checkpoint, make_folder, restore_rng, save_checkpoint, start_run)
+from configurator import (MetricsLog, StopSignal, clock, configure, data_parallel, fail, keep_settings,
+                          learning_rate_at, load_checkpoint, make_folder, restore_rng, save_checkpoint,
+                          start_run)
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import (data_folder, load_tokenizer, prepare_missing, read_labels, read_meta, read_split,
@@ -267,7 +267,7 @@ if __name__ == '__main__':
     compiled = torch.compile(model) if compile else model
     wrapped = compiled
     if run.world_size > 1:
-        wrapped = DistributedDataParallel(compiled, broadcast_buffers=False)
+        wrapped = data_parallel(compiled)
 
     # say what is about to happen
     log = None

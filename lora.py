@@ -25,11 +25,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from configurator import (MetricsLog, StopSignal, clock, configure, fail, fingerprint, keep_settings,
-                          learning_rate_at, load_checkpoint, make_folder, restore_rng, save_checkpoint,
-                          start_run)
+from configurator import (MetricsLog, StopSignal, clock, configure, data_parallel, fail, fingerprint,
+                          keep_settings, learning_rate_at, load_checkpoint, make_folder, restore_rng,
+                          save_checkpoint, start_run)
 from model_gpt2 import GPT2
 from prepare import data_folder, load_tokenizer, prepare_missing, read_meta, read_split
 from sample import load_run
@@ -338,7 +337,7 @@ if __name__ == '__main__':
     compiled = torch.compile(model) if compile else model
     wrapped = compiled
     if run.world_size > 1:
-        wrapped = DistributedDataParallel(compiled, broadcast_buffers=False)
+        wrapped = data_parallel(compiled)
 
     # say what is about to happen
     log = None
@@ -395,7 +394,8 @@ if __name__ == '__main__':
                 wrapped.require_backward_grad_sync = i == len(batches) - 1      # sum over ranks once
             with run.autocast():
                 loss = wrapped(x, y, segments=segments)[1] * (y != -100).sum()  # mean -> sum over the targets
-            total += loss.detach()
+            # to log: without what a mixture of experts adds to it, as the held-out loss is
+            total += loss.detach() - getattr(model, 'aux_loss', 0.0) * (y != -100).sum()
             # DDP averages gradients over ranks; times world_size that is the sum which the loss asks for
             scaler.scale(loss * (run.world_size / max(1, n_targets))).backward()
         scaler.unscale_(optimizer)

@@ -391,16 +391,18 @@ out_dir = ''            # folder of the run to export; '' prints the sizes of GP
 export_dir = ''         # folder to write for transformers: config.json, weights, tokenizer
 
 if __name__ == '__main__':
-    from configurator import configure, fail, make_folder
+    from configurator import configure, fail
     from sample import load_run
     configure(globals())
     if bool(out_dir) != bool(export_dir):
         fail("an export takes both --out_dir=RUN and --export_dir=FOLDER")
     if export_dir:
-        make_folder(export_dir)
         model, tokenizer, _ = load_run(out_dir)
-        model.save_pretrained(export_dir, bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
-        tokenizer.save(export_dir)
+        try:
+            model.save_pretrained(export_dir, bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
+            tokenizer.save(export_dir)
+        except OSError as e:
+            fail(f"cannot write {export_dir}: {e.strerror}")
         print(f"wrote {export_dir}, which AutoModelForCausalLM.from_pretrained of transformers loads")
     else:
         parts, model = {}, GPT2(GPT2Config())

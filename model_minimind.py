@@ -19,11 +19,11 @@ Llama's and Qwen3's.
     python model_minimind.py                              # sizes, part by part, and the bytes of a KV cache
     python model_minimind.py --out_dir=out/pretrain --export_dir=out/hf     # a run -> a Hugging Face folder
 """
+import functools
 import glob
 import json
 import math
 import os
-import pickle
 import re
 from dataclasses import asdict, dataclass
 
@@ -82,8 +82,8 @@ class MiniMindConfig:
                 raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} must lie between 1 and "
                                  f"num_experts {self.num_experts}")
             if self.hidden_size % 8 or self.moe_intermediate_size % 8:
-                raise ValueError(f"hidden_size {self.hidden_size} and moe_intermediate_size "
-                                 f"{self.moe_intermediate_size} must be multiples of 8, for its kernel")
+                raise ValueError(f"hidden_size and moe_intermediate_size of experts must be multiples of 8, "
+                                 f"not {self.hidden_size} and {self.moe_intermediate_size}")
 
     @property
     def context(self):
@@ -348,10 +348,8 @@ class MoEFeedForward(nn.Module):
         aux = coef x E x sum_e f_e P_e        f_e: share of the visits that e got; P_e: its mean probability
 
     is lowest, coef, when all get the same (Fedus et al. 2021, eq. 4). f has no gradient, so it pushes P down
-    where f is high. With seq_aux f and P are taken in each row and the losses averaged, as in DeepSeek-V2;
-    that is stricter, and the same however rows are cut into micro-batches.
-
-    After a forward in training: `aux_loss`, and `load` (E,), f without gradient.
+    where f is high. With seq_aux f and P are taken in each row, as in DeepSeek-V2, and a row weighs as many
+    tokens as it counts; that is stricter, and the same however rows are cut into micro-batches.
     """
 
     def __init__(self, config):
@@ -374,15 +372,24 @@ class MoEFeedForward(nn.Module):
         for expert in self.shared_experts:
             y = y + expert(x)
         if self.training:
-            visits = chosen.flatten(1)                                                 # (B, T, k) -> (B, T k)
-            share = torch.zeros_like(p[:, 0]).scatter_add_(1, visits, torch.ones_like(visits, dtype=p.dtype))
-            share, mean = share / visits.size(1), p.mean(dim=1)                        # (B, E) each
-            self.load = share.mean(dim=0)
-            if not self.config.seq_aux:
-                share, mean = share.mean(dim=0), mean.mean(dim=0)                      # (E,)
-            scale = self.config.router_aux_loss_coef * self.config.num_experts
-            self.aux_loss = scale * (share * mean).sum(dim=-1).mean()
+            self.routed = p, chosen
         return y
+
+    def auxiliary_loss(self, counted):
+        """The loss above for the last forward in training, over the tokens where counted (B, T) alone. Leaves
+        in `load` (E,), without gradient, the share of their visits that each expert got."""
+        p, chosen = self.routed
+        counted = counted[..., None].to(p.dtype)                                       # (B, T, 1)
+        n = counted.sum(dim=1)                                                         # (B, 1)
+        visits = counted.expand(chosen.shape).flatten(1)                               # (B, T k)
+        f = torch.zeros_like(p[:, 0]).scatter_add_(1, chosen.flatten(1), visits)       # (B, E)
+        f, P = f / (n * chosen.size(-1)).clamp(min=1), (p * counted).sum(dim=1) / n.clamp(min=1)
+        weight = n / n.sum().clamp(min=1)
+        self.load = (weight * f).sum(dim=0)
+        scale = self.config.router_aux_loss_coef * self.config.num_experts
+        if self.config.seq_aux:
+            return scale * (weight * f * P).sum()
+        return scale * (self.load * (weight * P).sum(dim=0)).sum()
 
 
 class Block(nn.Module):
@@ -477,13 +484,18 @@ class MiniMind(nn.Module):
                    for piece, target in zip(logits.flatten(0, 1).chunk(8), targets.flatten().chunk(8)))
         loss = loss / (targets != -100).sum().clamp(min=1)
         if self.training and self.config.use_moe:
-            aux_loss = sum(block.mlp.aux_loss for block in self.model.layers)
-            self.aux_loss = aux_loss.detach()           # its share of the loss below, for a log
+            aux_loss = self.auxiliary_loss(targets != -100)     # padding, which is no target, has no part
+            self.aux_loss = aux_loss.detach()                   # its share of the loss below, for a log
             loss = loss + aux_loss
         return logits, loss
 
+    def auxiliary_loss(self, counted):
+        """The load-balancing losses of all layers in the last training forward, over the tokens where
+        counted (B, T) is True."""
+        return sum(block.mlp.auxiliary_loss(counted) for block in self.model.layers)
+
     def expert_load(self):
-        """(layers, E): the share of visits each expert got in the last training forward; 1 / E is fair."""
+        """(layers, E): the share of the counted visits each expert got in that loss; 1 / E is fair."""
         return torch.stack([block.mlp.load for block in self.model.layers])
 
     def extend_context(self, factor):
@@ -518,7 +530,11 @@ class MiniMind(nn.Module):
                                if not name.endswith(LEGACY_BUFFERS)})
         if os.path.isdir(source):
             with open(os.path.join(source, 'config.json'), encoding='utf-8') as f:
-                model = cls(config_from_hf(json.load(f), state, source))
+                hf = json.load(f)
+            try:
+                model = cls(config_from_hf(hf, state, source))
+            except (KeyError, TypeError, ZeroDivisionError, RuntimeError) as e:
+                raise ValueError(f"{source}: config.json is no model's ({type(e).__name__}: {e})") from None
         else:
             model = cls(config_of_official(state, source))
         embedding = state.get('model.embed_tokens.weight')
@@ -572,15 +588,16 @@ def read_weights(source):
     for file in files:
         if file.endswith('.safetensors'):
             try:
-                from safetensors.torch import load_file
+                from safetensors.torch import load_file as load
             except ImportError:
                 raise ImportError(f"{file} needs a package: pip install safetensors") from None
-            weights.update(load_file(file))
         else:
-            try:
-                weights.update(torch.load(file, map_location='cpu', weights_only=True))
-            except (RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as e:
-                raise ValueError(f"{file} holds no weights ({str(e).splitlines()[0][:80]})") from None
+            load = functools.partial(torch.load, map_location='cpu', weights_only=True)
+        try:
+            weights.update(load(file))
+        except Exception as e:                          # each library has kinds of its own for a broken file
+            reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:80]}"
+            raise ValueError(f"{file} holds no weights ({reason})") from None
     if others := [name for name, value in weights.items() if not torch.is_tensor(value)]:
         raise ValueError(f"{source} holds more than weights: {others[0]}, for one")
     return weights
@@ -630,7 +647,11 @@ def config_from_hf(hf, state, source):
     for key, value in known.items():
         if hf.get(key) not in (value, None):
             raise ValueError(f"{source}: config.json has {key}={hf[key]!r}, this model {value!r} alone")
+    for key in ('rms_norm_eps', *(('num_experts_per_tok', 'norm_topk_prob') if kind == 'qwen3_moe' else ())):
+        if key not in hf:           # each library has another default, and a wrong one is not seen
+            raise ValueError(f"{source}: config.json has no {key}")
     own = {key: hf[key] for key in MiniMindConfig.__dataclass_fields__ if hf.get(key) is not None}
+    own.setdefault('num_key_value_heads', hf['num_attention_heads'])
     # transformers 5 has all of RoPE in one dictionary; before, theta stood apart
     rope = dict(hf.get('rope_scaling') or {}, **hf.get('rope_parameters') or {})
     own['rope_theta'] = float(rope.pop('rope_theta', hf.get('rope_theta') or 10000.0))
@@ -683,9 +704,9 @@ def config_to_hf(config):
     kind, name = (('qwen3_moe', 'Qwen3MoeForCausalLM') if config.use_moe else
                   ('qwen3', 'Qwen3ForCausalLM') if config.qk_norm else ('llama', 'LlamaForCausalLM'))
     hf = {key: value for key, value in asdict(config).items()
-          if key not in ('dropout', 'qk_norm', 'use_moe', 'n_shared_experts', 'seq_aux')
+          if key not in ('dropout', 'qk_norm', 'use_moe', 'n_shared_experts')
           and (config.use_moe or key not in ('num_experts', 'num_experts_per_tok', 'moe_intermediate_size',
-                                             'norm_topk_prob', 'router_aux_loss_coef'))}
+                                             'norm_topk_prob', 'router_aux_loss_coef', 'seq_aux'))}
     return dict(hf, model_type=kind, architectures=[name], hidden_act='silu', attention_bias=False,
                 attention_dropout=config.dropout, torch_dtype='float32')
 
@@ -696,22 +717,23 @@ export_dir = ''         # folder to write for transformers: config.json, weights
 yarn_factor = 1.0       # how many times longer than in training the exported model's context is
 
 if __name__ == '__main__':
-    from configurator import configure, fail, make_folder
+    from configurator import configure, fail
     from sample import load_run, stop_ids
     configure(globals(), yarn_factor=1)
     if bool(out_dir) != bool(export_dir):
         fail("an export takes both --out_dir=RUN and --export_dir=FOLDER")
     if export_dir:
-        make_folder(export_dir)
         model, tokenizer, _ = load_run(out_dir)
         try:
             if yarn_factor > 1:
                 model.extend_context(yarn_factor)
             model.save_pretrained(export_dir, bos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot,
                                   eos_token_id=sorted(stop_ids(tokenizer)))
+            tokenizer.save(export_dir)
         except ValueError as e:
             fail(f"{out_dir}: {e}")
-        tokenizer.save(export_dir)
+        except OSError as e:
+            fail(f"cannot write {export_dir}: {e.strerror}")
         print(f"wrote {export_dir}, which AutoModelForCausalLM.from_pretrained of transformers loads")
     else:
         parts, model = {}, MiniMind(MiniMindConfig())

@@ -24,9 +24,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
-from configurator import (HERE, MetricsLog, StopSignal, clock, configure, fail, keep_settings,
+from configurator import (HERE, MetricsLog, StopSignal, clock, configure, data_parallel, fail, keep_settings,
                           learning_rate_at, make_folder, restore_rng, save_checkpoint, start_run)
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
@@ -50,7 +49,7 @@ batch_size = 16                 # rows in a micro-batch
 gradient_accumulation_steps = 1 # micro-batches in a step, over all ranks together
 block_size = 256                # tokens in a row: the context
 stride = 0                      # tokens from row to row (chapter I-1); 0 tiles the text anew each epoch
-# the model, when from scratch: any other keeps its own shape
+# the model, when from scratch: any other brings all of this itself, but for dropout
 model = 'minimind'              # 'minimind' or 'gpt2'
 n_layer = 4                     # blocks
 n_head = 4                      # query heads
@@ -218,7 +217,8 @@ def new_model(config, vocab_size):
             sizes.moe_intermediate_size = 8 * math.ceil(sizes.intermediate_size / visits / 8)
         return MiniMind(sizes)
     except ValueError as e:
-        fail(f"{e}; see --n_embd, --n_head, --n_kv_head and, of experts, --num_experts_per_tok")
+        experts = ', --num_experts, --num_experts_per_tok, --moe_intermediate_size' * config['use_moe']
+        fail(f"{e}; see --n_embd (hidden_size), --n_head, --n_kv_head{experts}")
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay):
@@ -317,7 +317,7 @@ if __name__ == '__main__':
     compiled = torch.compile(model) if compile else model
     wrapped = compiled
     if run.world_size > 1:
-        wrapped = DistributedDataParallel(compiled, broadcast_buffers=False)
+        wrapped = data_parallel(compiled)
 
     # say what is about to happen
     log = None

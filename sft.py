@@ -16,7 +16,8 @@ Conversations are short and of every length, so a row for each is mostly padding
     packed     several conversations share a row; attention stays inside each, and positions start anew
     bucketed   a row for each, in batches of like length, padded to the longest of the batch
     padded     a row for each, padded to block_size
-The loss is the same, token by token; what differs is how much of the work goes into padding.
+The loss is the same, token by token; what differs is how much of the work goes into padding. (Experts alone
+are balanced over a row, whatever it holds.)
 """
 import json
 import math
@@ -28,10 +29,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
-from configurator import (MetricsLog, StopSignal, clock, configure, fail, keep_settings, learning_rate_at,
-                          make_folder, restore_rng, save_checkpoint, start_run)
+from configurator import (MetricsLog, StopSignal, clock, configure, data_parallel, fail, keep_settings,
+                          learning_rate_at, make_folder, restore_rng, save_checkpoint, start_run)
 from model_gpt2 import GPT2
 from prepare import data_folder, prepare_missing, print_mask, read_meta, read_split
 from sample import generate, left_pad, load_run, stop_ids
@@ -305,7 +305,7 @@ if __name__ == '__main__':
     compiled = torch.compile(model) if compile else model
     wrapped = compiled
     if run.world_size > 1:
-        wrapped = DistributedDataParallel(compiled, broadcast_buffers=False)
+        wrapped = data_parallel(compiled)
 
     # say what is about to happen
     log = None
@@ -365,7 +365,8 @@ if __name__ == '__main__':
                 wrapped.require_backward_grad_sync = i == len(batches) - 1      # sum over ranks once
             with run.autocast():
                 loss = wrapped(x, y, segments=segments)[1] * (y != -100).sum()  # mean -> sum over the targets
-            total += loss.detach()
+            # to log: without what a mixture of experts adds to it, as the held-out loss is
+            total += loss.detach() - getattr(model, 'aux_loss', 0.0) * (y != -100).sum()
             # DDP averages gradients over ranks; times world_size that is the sum which the loss asks for
             scaler.scale(loss * (run.world_size / max(1, n_targets))).backward()
         scaler.unscale_(optimizer)

@@ -19,10 +19,12 @@ rate = 0.5              # how fast
 fast = False            # hurry
 name = 'plain'          # 'plain' or 'fancy'
 start = ''              # any text
+teacher = ''            # a folder
 
 if __name__ == '__main__':
     config = configure(globals(), steps=1, rate=[0, 1], name=('plain', 'fancy'))
-    assert config == {k: globals()[k] for k in ('out_dir', 'steps', 'rate', 'fast', 'name', 'start')}
+    assert config == {k: globals()[k]
+                      for k in ('out_dir', 'steps', 'rate', 'fast', 'name', 'start', 'teacher')}
 '''
 
 
@@ -32,7 +34,7 @@ def stage(tmp_path, monkeypatch, capsys):
     (tmp_path / 'stage.py').write_text(STAGE)
     monkeypatch.chdir(tmp_path)
 
-    def run(*args, code=0):
+    def run(*args, code=0, full=False):
         monkeypatch.setattr('sys.argv', ['stage.py', *args])
         try:
             done = runpy.run_path('stage.py', run_name='__main__')
@@ -41,7 +43,7 @@ def stage(tmp_path, monkeypatch, capsys):
             assert end.code == code == 2 and line.count('\n') == 1, line
             return line
         assert code == 0
-        return tuple(done[key] for key in ('steps', 'rate', 'fast', 'name', 'start'))
+        return tuple(done[key] for key in ('steps', 'rate', 'fast', 'name', 'start', 'teacher')[:5 + full])
     return run
 
 
@@ -56,6 +58,7 @@ def test_a_folder_is_kept_in_full_as_a_run_may_be_resumed_from_elsewhere(stage, 
     (tmp_path / 'data').mkdir()
     assert stage('--start=./data')[4] == str(tmp_path / 'data')
     assert [stage(f'--start={text}')[4] for text in ('data', './nowhere')] == ['data', './nowhere']
+    assert stage('--teacher=data', full=True)[5] == str(tmp_path / 'data')      # a run, not a name in data/
 
 
 def test_later_wins_and_config_files_count_from_the_repository_too(stage, tmp_path):

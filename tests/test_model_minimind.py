@@ -327,6 +327,27 @@ def test_what_transformers_cannot_compute_is_not_exported(kind, reason, tmp_path
     assert not (tmp_path / 'hf').exists()
 
 
+@pytest.mark.parametrize('change, reason', [
+    (dict(num_attention_heads='four'), 'TypeError'), (dict(num_key_value_heads=0), 'ZeroDivisionError'),
+    (dict(num_experts='4'), 'TypeError'), (dict(rope_parameters=dict(rope_type='yarn')), 'KeyError'),
+    (dict(norm_topk_prob=None), 'no norm_topk_prob'), (dict(rms_norm_eps=None), 'no rms_norm_eps')])
+def test_a_damaged_config_is_refused(tmp_path, change, reason):
+    tiny(**MOE).save_pretrained(tmp_path)
+    hf = {**json.loads((tmp_path / 'config.json').read_text()), **change}
+    (tmp_path / 'config.json').write_text(json.dumps({k: v for k, v in hf.items() if v is not None}))
+    with pytest.raises(ValueError, match=reason):
+        MiniMind.from_pretrained(str(tmp_path))
+
+
+def test_cut_weights_are_refused(tmp_path):
+    pytest.importorskip('safetensors')
+    tiny().save_pretrained(tmp_path)
+    file = tmp_path / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match='model.safetensors holds no weights'):
+        MiniMind.from_pretrained(str(tmp_path))
+
+
 def test_export_of_a_run(script, tmp_path, tokenizer):
     transformers = pytest.importorskip('transformers')
     model = tiny(vocab_size=tokenizer.vocab_size, qk_norm=True)
@@ -351,4 +372,4 @@ def test_export_of_a_run(script, tmp_path, tokenizer):
     assert '--export_dir' in script('model_minimind.py', '--out_dir=run', code=2).stderr
     for stage in ('model_minimind.py', 'model_gpt2.py'):
         line = script(stage, '--out_dir=run', '--export_dir=run/ckpt.pt', code=2).stderr
-        assert 'run/ckpt.pt: File exists' in line
+        assert 'cannot write run/ckpt.pt: File exists' in line
