@@ -69,12 +69,10 @@ def configure(settings, **legal):
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
             value = check(settings, keys, legal, key, parse(text, settings.get(key)) if equals else True, arg)
-            # a folder is kept in full: the run may be resumed, or its base looked for, from another place
-            is_path = isinstance(value, str) and (os.sep in value or key in ('init_from', 'teacher'))
-            given[key] = os.path.abspath(value) if is_path and os.path.isdir(value) else value
+            given[key] = in_full(key, value)
         else:
             for key, (value, where) in read_config_file(arg).items():
-                given[key] = anchored(check(settings, keys, legal, key, value, where))
+                given[key] = in_full(key, anchored(check(settings, keys, legal, key, value, where)))
     for key in keys:
         settings[key] = given.get(key, anchored(settings[key]))
     if settings.get('init_from') == 'resume':
@@ -128,6 +126,16 @@ def anchored(value):
     """A default path made absolute, so that it is the same place from every current folder."""
     is_path = isinstance(value, str) and value.startswith(('out/', 'data/'))
     return os.path.join(HERE, value) if is_path else value
+
+
+def in_full(key, value):
+    """The path of a folder that a run reads, made absolute: it may be resumed, or its base looked for, from
+    another current folder. A bare name is a path if a model is there; of a data set it is one in data/."""
+    if key not in ('dataset', 'init_from', 'teacher', 'tokenizer'):
+        return value
+    is_path = os.path.basename(value) != value or key != 'dataset' and any(
+        os.path.isfile(os.path.join(value, name)) for name in ('ckpt.pt', 'config.json', 'tokenizer.json'))
+    return os.path.abspath(value) if is_path else value
 
 
 def read_config_file(path):

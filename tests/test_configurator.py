@@ -8,7 +8,8 @@ import torch
 from conftest import ROOT
 
 import configurator
-from configurator import MetricsLog, clock, learning_rate_at, load_checkpoint, save_checkpoint, start_run
+from configurator import (MetricsLog, clock, in_full, learning_rate_at, load_checkpoint, save_checkpoint,
+                          start_run)
 
 STAGE = '''"""A stage for the test."""
 from configurator import configure
@@ -19,12 +20,10 @@ rate = 0.5              # how fast
 fast = False            # hurry
 name = 'plain'          # 'plain' or 'fancy'
 start = ''              # any text
-teacher = ''            # a folder
 
 if __name__ == '__main__':
     config = configure(globals(), steps=1, rate=[0, 1], name=('plain', 'fancy'))
-    assert config == {k: globals()[k]
-                      for k in ('out_dir', 'steps', 'rate', 'fast', 'name', 'start', 'teacher')}
+    assert config == {k: globals()[k] for k in ('out_dir', 'steps', 'rate', 'fast', 'name', 'start')}
 '''
 
 
@@ -34,7 +33,7 @@ def stage(tmp_path, monkeypatch, capsys):
     (tmp_path / 'stage.py').write_text(STAGE)
     monkeypatch.chdir(tmp_path)
 
-    def run(*args, code=0, full=False):
+    def run(*args, code=0):
         monkeypatch.setattr('sys.argv', ['stage.py', *args])
         try:
             done = runpy.run_path('stage.py', run_name='__main__')
@@ -43,7 +42,7 @@ def stage(tmp_path, monkeypatch, capsys):
             assert end.code == code == 2 and line.count('\n') == 1, line
             return line
         assert code == 0
-        return tuple(done[key] for key in ('steps', 'rate', 'fast', 'name', 'start', 'teacher')[:5 + full])
+        return tuple(done[key] for key in ('steps', 'rate', 'fast', 'name', 'start'))
     return run
 
 
@@ -54,11 +53,17 @@ def test_values_are_python_literals(stage):
     assert stage('--start=3')[4] == '3'
 
 
-def test_a_folder_is_kept_in_full_as_a_run_may_be_resumed_from_elsewhere(stage, tmp_path):
-    (tmp_path / 'data').mkdir()
-    assert stage('--start=./data')[4] == str(tmp_path / 'data')
-    assert [stage(f'--start={text}')[4] for text in ('data', './nowhere')] == ['data', './nowhere']
-    assert stage('--teacher=data', full=True)[5] == str(tmp_path / 'data')      # a run, not a name in data/
+def test_a_folder_is_kept_in_full_as_a_run_may_be_resumed_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ('run', 'gpt2'):
+        (tmp_path / folder).mkdir()
+    (tmp_path / 'run' / 'ckpt.pt').touch()
+    for key, value, path in [('dataset', './text', 'text'), ('init_from', 'run', 'run'),
+                             ('teacher', 'run/', 'run'), ('tokenizer', 'a/words', 'a/words')]:
+        assert in_full(key, value) == str(tmp_path / path)
+    for key, value in [('dataset', 'run'), ('init_from', 'gpt2'), ('init_from', 'resume'), ('tokenizer', ''),
+                       ('start', './run'), ('out_dir', 'run/')]:
+        assert in_full(key, value) == value         # names, texts, and what is typed anew each time
 
 
 def test_later_wins_and_config_files_count_from_the_repository_too(stage, tmp_path):
