@@ -212,8 +212,8 @@ def start_run(device='auto', dtype='auto', seed=0):
     if device == 'auto':
         mps = torch.backends.mps.is_available()
         device = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
-    if world_size > 1 and device == 'cuda':
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device == 'cuda':                                # a device has an index: set_device wants one
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.zeros(1, device=device).item()            # 'meta' makes tensors, but holds no numbers
         device = torch.device(device)

@@ -116,6 +116,28 @@ def test_learning_rate_warms_up_then_follows_half_a_cosine():
     assert [at(0), at(4), at(9), at(59), at(109), at(10**6)] == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1, 0.1])
 
 
+@pytest.mark.parametrize('device, environment, expected', [
+    ('auto', {}, 'cuda:0'), ('cuda', {}, 'cuda:0'), ('cuda:1', {}, 'cuda:1'),
+    ('auto', dict(RANK='3', WORLD_SIZE='4', LOCAL_RANK='1'), 'cuda:1')])
+def test_a_gpu_has_an_index(monkeypatch, device, environment, expected):
+    """torch.cuda.set_device takes a device with an index only; a stand-in for torch.cuda says so here."""
+    chosen = []
+
+    def set_device(device):
+        if torch.device(device).index is None:
+            raise ValueError('Expected a torch.device with a specified index')
+        chosen.append(str(device))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: True)
+    monkeypatch.setattr(torch.cuda, 'set_device', set_device)
+    monkeypatch.setattr(torch, 'zeros', lambda *size, device: torch.ones(*size))
+    monkeypatch.setattr(configurator.dist, 'init_process_group', lambda backend: None)
+    run = start_run(device)
+    assert [str(run.device)] == chosen == [expected] and run.dtype == torch.bfloat16
+
+
 def test_checkpoint_is_whole_or_the_old_one(tmp_path, tokenizer, monkeypatch):
     run = start_run('cpu', 'float32', seed=1)
     save_checkpoint(run, tmp_path, tokenizer, step=1, model_config={}, weight=torch.ones(3))
