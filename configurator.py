@@ -1,47 +1,39 @@
 """
-One run, whatever its stage: settings, device and ranks, learning rate, checkpoints, metrics, stopping.
+One run, whatever its stage: settings, device and ranks, checkpoints, files of weights, metrics and pictures.
 
-A stage opens with a block of bare settings, one comment each. The first line under its main guard,
+All other files import from here; this one imports nothing of ours. A stage opens with a block of bare
+settings, one comment each. The first line under its main guard overrides them with what config files, then
+the command line say:
 
-    config = configure(globals(), optimizer=('adamw', 'muon'))
+    config = configure(globals(), model=one_of('minimind', 'gpt2'), stride=at_least(0))
 
-overrides them with what the config files and then the command line say:
+    python pretrain.py config/small.py --batch_size=8 --prompt="def is_"
 
-    python pretrain.py config/small.py --batch_size=8 --start="def is_"
-
-A path in a script or a config file that begins with out/ or data/ starts at the repository, any other where
-you are.
-A mistake of the user ends in one line on stderr and exit code 2, through `fail`.
+A path in a script or a config file that begins with out/ or data/ starts at the repository, any other at the
+current folder. A mistake of the user ends in one line on stderr and exit code 2, through `fail`.
 """
 import ast
 import difflib
+import fnmatch
 import hashlib
-import inspect
-import io
 import json
 import math
 import os
-import signal
+import re
 import sys
-import tokenize
+import time
 import traceback
-from dataclasses import dataclass
+import zipfile
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# What settings of common names may be: a tuple lists the values, a list gives bounds, a number is the least.
-LEGAL = dict(dtype=('auto', 'float32', 'bfloat16', 'float16'), batch_size=1, gradient_accumulation_steps=1,
-             block_size=1, max_iters=1, eval_interval=1, eval_iters=1, log_interval=1, learning_rate=0,
-             min_lr=0, warmup_iters=0, weight_decay=0, grad_clip=0, n_layer=1, n_head=1, n_kv_head=1,
-             n_embd=1, dropout=[0, 1], seed=[0, 2**62])
-
 
 def fail(message):
-    """End the run over a mistake of the user: one line on stderr (from rank 0 alone), exit code 2."""
+    """End the run over a mistake of the user: one line on stderr (from rank 0 only), exit code 2."""
     if os.environ.get('RANK', '0') == '0':
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     sys.exit(2)
@@ -49,41 +41,92 @@ def fail(message):
 
 # ---- settings ----
 
-def configure(settings, **legal):
+# A rule is a function: value -> what is wrong with it, or '' where nothing is.
+
+def at_least(least):
+    return lambda value: '' if value >= least else f"must be at least {least}"
+
+
+def between(low, high):
+    return lambda value: '' if low <= value <= high else f"must lie between {low} and {high}"
+
+
+def one_of(*values):
+    def rule(value):
+        near = difflib.get_close_matches(str(value), values, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return '' if value in values else f"must be one of {', '.join(map(repr, values))}{hint}"
+    return rule
+
+
+# The rules of settings that several stages have. A stage tells `configure` those of its own.
+RULES = dict(dtype=one_of('auto', 'float32', 'bfloat16', 'float16'), optimizer=one_of('adamw', 'muon'),
+             layout=one_of('packed', 'bucketed', 'padded'), dropout=between(0, 1), seed=between(0, 2**62))
+RULES.update(dict.fromkeys(('batch_size', 'gradient_accumulation_steps', 'block_size', 'max_iters', 'n_layer',
+                            'eval_interval', 'eval_iters', 'log_interval', 'max_new_tokens', 'n_head',
+                            'n_kv_head', 'n_embd'), at_least(1)))
+RULES.update(dict.fromkeys(('learning_rate', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip',
+                            'report_size'), at_least(0)))
+
+# What a resumed run may change. With all other settings its state was made.
+RESUME_MAY_CHANGE = {
+    'init_from', 'out_dir', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'report_size',
+    'max_new_tokens', 'prompt', 'wandb_log', 'tokenizer', 'batch_size', 'gradient_accumulation_steps',
+    'cache_reference', 'learning_rate', 'min_lr', 'warmup_iters', 'grad_clip', 'device', 'dtype', 'compile',
+    'debug_mask', 'classify', 'classify_file', 'merge_to', 'to_peft', 'from_peft'}
+
+
+def configure(settings, **rules):
     """Override a script's settings from config files and the command line; return them all as a dict.
 
     settings  globals() of the script: every lower-case name that holds a bool, int, float or str is a setting
-    legal     what the script's own settings may be, in the form of LEGAL
+    rules     what the script's own settings may be: at_least(0), between(0, 1), one_of('a', 'b')
     With init_from='resume' the settings of the interrupted run stand in for the defaults.
     """
     sys.excepthook = quiet_interrupt
     keys = [k for k, v in settings.items()
             if k.islower() and k[0] != '_' and type(v) in (bool, int, float, str)]
-    legal = {**LEGAL, **legal}
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help(settings, keys)
         sys.exit(0)
+    rules, given, places = {**RULES, **rules}, {}, {}
 
-    given = {}
+    def give(key, value, where):
+        given[key], places[key] = in_full(key, check(settings, keys, rules, key, value, where)), where
+
     for arg in sys.argv[1:]:
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
-            value = check(settings, keys, legal, key, parse(text, settings.get(key)) if equals else True, arg)
-            given[key] = in_full(key, value)
+            give(key, parse(text, settings.get(key)) if equals else True, arg)
         else:
             for key, (value, where) in read_config_file(arg).items():
-                given[key] = in_full(key, anchored(check(settings, keys, legal, key, value, where)))
+                give(key, anchored(value), where)
     for key in keys:
         settings[key] = given.get(key, anchored(settings[key]))
     if settings.get('init_from') == 'resume':
-        saved = load_checkpoint(settings['out_dir'])
-        if saved.get('stage') != os.path.basename(settings['__file__']):
-            fail(f"{settings['out_dir']} is no run of this script to resume but one of {saved.get('stage')}; "
-                 f"start from it with --init_from={settings['out_dir']} and another --out_dir")
-        saved = saved['settings']
-        fixed = {*given, 'init_from', 'out_dir'}
-        settings.update({k: v for k, v in saved.items() if k in keys and k not in fixed})
+        resume_settings(settings, keys, given, places)
+    rows = settings.get('batch_size', 1) * settings.get('gradient_accumulation_steps', 1)
+    if 'batch_size' in keys and rows < (ranks := int(os.environ.get('WORLD_SIZE', 1))):
+        fail(f"batch_size x gradient_accumulation_steps = {rows} rows, but {ranks} ranks want one each")
     return {key: settings[key] for key in keys}
+
+
+def resume_settings(settings, keys, given, places):
+    """Take over the settings of the run in out_dir, and refuse what does not go with its state."""
+    out_dir, stage = settings['out_dir'], os.path.basename(settings['__file__'])
+    checkpoint = load_checkpoint(out_dir)
+    saved = checkpoint['settings']
+    if checkpoint['stage'] != stage:
+        fail(f"{out_dir} is no run of {stage} to resume, but one of {checkpoint['stage']}; "
+             f"start from it with --init_from={out_dir} and another --out_dir")
+    for key in given:
+        if key not in RESUME_MAY_CHANGE and given[key] != saved.get(key, given[key]):
+            fail(f"{places[key]}: {out_dir} has {key}={saved[key]}, and a resumed run keeps that")
+    fixed = {*given, 'init_from', 'out_dir'}
+    settings.update({key: value for key, value in saved.items() if key in keys and key not in fixed})
+    if checkpoint['step'] >= settings['max_iters']:
+        fail(f"{out_dir} is at step {checkpoint['step']} of max_iters={settings['max_iters']}: raise "
+             f"--max_iters to go on")
 
 
 def parse(text, default):
@@ -96,7 +139,7 @@ def parse(text, default):
         return text
 
 
-def check(settings, keys, legal, key, value, where):
+def check(settings, keys, rules, key, value, where):
     """The value of a setting in its own type, or one line that names `where` and what is allowed."""
     if key not in keys:
         near = difflib.get_close_matches(key, keys, n=1)
@@ -110,15 +153,8 @@ def check(settings, keys, legal, key, value, where):
     if type(value) is not kind or kind is float and not math.isfinite(value):
         want = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[kind]
         fail(f"{where}: {key} takes {want}, not {value!r}")
-    rule = legal.get(key)
-    if isinstance(rule, tuple) and value not in rule:
-        near = difflib.get_close_matches(str(value), rule, n=1)
-        fail(f"{where}: {key} must be one of {', '.join(map(repr, rule))}, not {value!r}"
-             + (f"; did you mean {near[0]!r}?" if near else ""))
-    if isinstance(rule, list) and not rule[0] <= value <= rule[1]:
-        fail(f"{where}: {key} must lie between {rule[0]} and {rule[1]}, not {value!r}")
-    if isinstance(rule, (int, float)) and value < rule:
-        fail(f"{where}: {key} must be at least {rule}, not {value!r}")
+    if key in rules and (wrong := rules[key](value)):
+        fail(f"{where}: {key} {wrong}, not {value!r}")
     return value
 
 
@@ -129,8 +165,8 @@ def anchored(value):
 
 
 def in_full(key, value):
-    """The path of a folder that a run reads, made absolute: it may be resumed, or its base looked for, from
-    another current folder. A bare name is a path if a model is there; of a data set it is one in data/."""
+    """The path of a folder that a run reads, made absolute, as the run may be resumed from another current
+    folder. A bare name is a path if a model is there; of a data set it is one in data/."""
     if key not in ('dataset', 'init_from', 'teacher', 'tokenizer'):
         return value
     is_path = os.path.basename(value) != value or key != 'dataset' and any(
@@ -159,15 +195,10 @@ def read_config_file(path):
 def print_help(settings, keys):
     """Print the script's docstring, then each setting with its default and the comment beside it."""
     with open(settings['__file__'], encoding='utf-8') as f:
-        source = f.read()
-    comments = {token.start[0]: token.string.lstrip('# ')
-                for token in tokenize.generate_tokens(io.StringIO(source).readline)
-                if token.type == tokenize.COMMENT}
-    lines = {node.targets[0].id: node.lineno for node in ast.parse(source).body
-             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+        comments = dict(re.findall(r'^(\w+) = .*?# (.+)$', f.read(), re.MULTILINE))
     print(settings['__doc__'].strip(), "\n\nSettings, as --key=value:")
     for key in keys:
-        print(f"  {key + '=' + repr(settings[key]):32} {comments.get(lines.get(key), '')}")
+        print(f"  {key + '=' + repr(settings[key]):32} {comments.get(key, '')}")
 
 
 def quiet_interrupt(kind, error, trace):
@@ -236,21 +267,6 @@ def start_run(device='auto', dtype='auto', seed=0):
     return Run(device, getattr(torch, dtype), rank, world_size)
 
 
-def data_parallel(model):
-    """The model with its gradients averaged over the ranks. Its buffers are tables, the same on each."""
-    known = inspect.signature(DistributedDataParallel).parameters
-    sync = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'   # before 2.13
-    return DistributedDataParallel(model, **{sync: False})
-
-
-def learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters):
-    """Linear warmup to learning_rate, then half a cosine down to min_lr at max_iters."""
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
-    progress = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
-    return min_lr + 0.5 * (learning_rate - min_lr) * (1 + math.cos(math.pi * progress))
-
-
 # ---- checkpoints ----
 
 def make_folder(path):
@@ -262,25 +278,35 @@ def make_folder(path):
         fail(f"cannot write to the folder {path}: permission denied")
 
 
-def save_checkpoint(run, out_dir, words, **state):
-    """Write out_dir/ckpt.pt, whole or not at all, and the tokenizer `words`, which it is of no use without.
-    Every rank calls this; rank 0 writes."""
-    rng = {'cpu': torch.get_rng_state()}
+def save_checkpoint(run, out_dir, tokenizer, config, **state):
+    """Write out_dir/ckpt.pt, whole or not at all, and the tokenizer, without which it is of no use. Every
+    rank calls this; rank 0 writes. config: that of the model."""
+    rng = [torch.get_rng_state()]
     if run.device.type == 'cuda':
-        rng['cuda'] = torch.cuda.get_rng_state(run.device)
-    rngs = [rng]
+        rng.append(torch.cuda.get_rng_state(run.device))
+    rngs = [rng] * run.world_size
     if run.world_size > 1:
-        rngs = [None] * run.world_size
         dist.all_gather_object(rngs, rng)
     if run.rank == 0:
-        words.save(out_dir)
-        state.update(tokenizer=words.fingerprint, stage=os.path.basename(sys.argv[0]), rng=rngs)
+        tokenizer.save(out_dir)
+        state.update(model_type=config.model_type, model_config=asdict(config), rng=rngs,
+                     tokenizer=tokenizer.fingerprint, stage=os.path.basename(sys.argv[0]))
         path = os.path.join(out_dir, 'ckpt.pt')
         with open(path + '.tmp', 'wb') as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())                        # on the disk before the old file is given up
         os.replace(path + '.tmp', path)
+
+
+def restore_rng(run, rngs, step):
+    """Continue each rank's random numbers where they stopped; another number of ranks starts new ones."""
+    if len(rngs) != run.world_size:
+        torch.manual_seed(torch.initial_seed() + 1_000_003 * step)
+        return
+    torch.set_rng_state(rngs[run.rank][0])
+    if run.device.type == 'cuda' and len(rngs[run.rank]) == 2:
+        torch.cuda.set_rng_state(rngs[run.rank][1], run.device)
 
 
 def fingerprint(state):
@@ -302,49 +328,102 @@ def load_checkpoint(out_dir):
                                           "name the folder of a run, or train it first"))
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-        if 'model_config' in state:
+        missing = {'model_type', 'model_config', 'tokenizer', 'stage', 'step', 'settings'} - set(state)
+        if not missing:
             return state
-        reason = 'it holds no model_config'
+        reason = f"it holds no {min(missing)}"
     except Exception as e:                      # torch raises many kinds over a file that is not its own
         reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:80]}"
     fail(f"{path} is not a checkpoint of this project ({reason})")
 
 
-def keep_settings(config, checkpoint, *keys):
-    """Refuse to resume a run with another value of a setting that its state was made with."""
-    for key in keys:
-        was = checkpoint['settings'].get(key, config[key])
-        if config[key] != was:
-            fail(f"--{key}={config[key]}: {config['out_dir']} has {key}={was}, and a resumed run keeps that")
+# ---- files of weights ----
+
+def read_weights(source):
+    """{name: tensor} of one .pth, .bin or .safetensors file, or of all weight files in a Hugging Face folder,
+    mapped into memory rather than read. Raises OSError, ImportError or ValueError with one line."""
+    names = sorted(os.listdir(source)) if os.path.isdir(source) else []
+    names = fnmatch.filter(names, 'model*.safetensors') or fnmatch.filter(names, 'pytorch_model*.bin')
+    files = [source] if os.path.isfile(source) else [os.path.join(source, name) for name in names]
+    if not files:
+        raise FileNotFoundError(f"{source} holds neither model.safetensors nor pytorch_model.bin")
+    weights = {}
+    for file in map(os.fspath, files):
+        try:
+            if file.endswith('.safetensors'):
+                from safetensors.torch import load_file
+                weights.update(load_file(file))
+            else:                                       # before torch 1.6 it was no zip file
+                weights.update(torch.load(file, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(file)))
+        except ImportError:
+            raise ImportError(f"{file} needs a package: pip install safetensors") from None
+        except Exception as e:                          # each library has kinds of its own for a broken file
+            raise ValueError(f"{file} holds no weights ({type(e).__name__}: {str(e)[:80]!r})") from None
+    if others := [name for name, value in weights.items() if not torch.is_tensor(value)]:
+        raise ValueError(f"{source} holds more than weights: {others[0]}, for one")
+    return weights
 
 
-def restore_rng(run, rngs, step):
-    """Continue each rank's random numbers where they stopped; another number of ranks starts new ones."""
-    if len(rngs) != run.world_size:
-        torch.manual_seed(torch.initial_seed() + 1_000_003 * step)
-        return
-    torch.set_rng_state(rngs[run.rank]['cpu'])
-    if run.device.type == 'cuda' and 'cuda' in rngs[run.rank]:
-        torch.cuda.set_rng_state(rngs[run.rank]['cuda'], run.device)
+def write_weights(folder, state):
+    """Write {name: tensor} to model.safetensors where that package is installed, else to pytorch_model.bin.
+    Whole or not at all: the same file may be mapped into memory as `state`."""
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    path = os.path.join(folder, 'model.safetensors')
+    try:
+        from safetensors.torch import save_file
+        save_file(state, path + '.tmp', metadata={'format': 'pt'})
+    except ImportError:
+        path = os.path.join(folder, 'pytorch_model.bin')
+        torch.save(state, path + '.tmp')
+    os.replace(path + '.tmp', path)
 
 
-# ---- metrics and stopping ----
+def build_model(model_class, config, state, source):
+    """model_class(config) with exactly the weights in state, {name: tensor}, in evaluation mode. It takes the
+    tensors of state themselves where their dtype fits. Of a matrix with two names (a tied output head) one is
+    enough. Raises ValueError, one line on `source`, over the first name that does not fit."""
+    with torch.device('meta'):                          # shapes only: no memory, no random numbers
+        model = model_class(config)
+    first, tied, state = {}, {}, dict(state)            # tied: {second name of a parameter: its first}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(p, name) != name:
+            tied[name] = first[p]
+    for second, name in tied.items():
+        value = state.setdefault(second, state.get(name))
+        if value is not None and not torch.equal(state.setdefault(name, value), value):
+            raise ValueError(f"{source}: {second} and {name} should be one matrix, but differ")
+    wanted = model.state_dict()
+    for name, p in wanted.items():
+        if state.get(name) is None or state[name].shape != p.shape:
+            found = 'missing' if state.get(name) is None else tuple(state[name].shape)
+            raise ValueError(f"{source}: {name} is {found}, but its config asks for {tuple(p.shape)}")
+        state[name] = state[name].to(p.dtype).contiguous()
+    if unknown := sorted(state.keys() - wanted.keys()):
+        raise ValueError(f"{source}: {unknown[0]} has no place in this model")
+    model.load_state_dict(state, assign=True)
+    for second, name in tied.items():                   # one Parameter again
+        module, _, attribute = second.rpartition('.')
+        setattr(model.get_submodule(module), attribute, model.get_parameter(name))
+    return model.eval()
+
+
+# ---- metrics and pictures ----
 
 class MetricsLog:
-    """out_dir/metrics.jsonl, one JSON object a line, and a picture of the losses in it. For rank 0."""
+    """out_dir/metrics.jsonl, one JSON object per line, and pictures of it. For rank 0."""
 
     def __init__(self, out_dir, step=0, wandb_log=False, settings=None):
         """step: where this run starts; what an earlier one logged from there on is dropped."""
-        self.path, self.lines, self.wandb = os.path.join(out_dir, 'metrics.jsonl'), [], None
+        self.out_dir, self.lines, self.wandb = out_dir, [], None
+        self.path = os.path.join(out_dir, 'metrics.jsonl')
         if step and os.path.isfile(self.path):
             with open(self.path, encoding='utf-8') as f:
-                for line in f:
+                for line in f.read().splitlines():
                     try:
-                        line = json.loads(line)
+                        self.lines.append(json.loads(line))
                     except ValueError:                  # cut short by a crash
                         break
-                    if line['step'] < step:
-                        self.lines.append(line)
+        self.lines = [line for line in self.lines if line['step'] < step]
         with open(self.path, 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(line) + '\n' for line in self.lines)
         if wandb_log:
@@ -361,38 +440,62 @@ class MetricsLog:
         if self.wandb:
             self.wandb.log(numbers, step=numbers['step'])
 
-    def draw(self, what='loss', unit='nats per token'):
-        """Draw all that is called a loss over the steps into loss.png, where matplotlib is installed."""
-        try:
-            import matplotlib
-        except ImportError:
-            return
-        matplotlib.use('Agg')
-        from matplotlib import pyplot as plt
-        figure, axes = plt.subplots(figsize=(7, 4))
-        for name in sorted({key for line in self.lines for key in line if key.endswith(what)}):
-            points = [(line['step'], line[name]) for line in self.lines if name in line]
-            axes.plot(*zip(*points), label=name)
-        axes.set(xlabel='step', ylabel=unit)
-        axes.legend()
-        figure.savefig(os.path.join(os.path.dirname(self.path), f'{what}.png'), dpi=120, bbox_inches='tight')
-        plt.close(figure)
+    def draw(self):
+        """Draw losses and accuracies over the steps, and each expert's load, a panel per layer."""
+        curves = {}                                     # name -> [(step, value), ...]
+        for line in self.lines:
+            for name, value in line.items():
+                curves.setdefault(name, []).append((line['step'], value))
+        for what in ('loss', 'accuracy'):
+            found = [name for name in sorted(curves) if name.endswith(what)]
+            for axes in draw(os.path.join(self.out_dir, f'{what}.png')) if found else ():
+                for name in found:
+                    axes.plot(*zip(*curves[name]), label=name)
+                axes.set(xlabel='step', ylabel=what)
+                axes.legend()
+        if 'expert_load' in curves:
+            steps, loads = zip(*curves['expert_load'])                  # loads: (lines, layers, experts)
+            for layer, axes in enumerate(draw(os.path.join(self.out_dir, 'experts.png'), len(loads[0]))):
+                axes.plot(steps, [load[layer] for load in loads])
+                axes.axhline(1 / len(loads[0][0]), color='grey', linestyle=':')         # the fair share
+                axes.set(title=f"layer {layer}", xlabel='step', ylabel='share of each expert')
 
 
-class StopSignal:
-    """Ctrl-C or SIGTERM asks a loop to save and stop at its next step; a second Ctrl-C ends it at once."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def draw(path, panels=1):
+    """Yield the axes of each panel to draw on, then write the picture. Without matplotlib, say so."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{path} is not drawn: pip install matplotlib", file=sys.stderr)
+        return
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    size = (7, 4) if panels == 1 else (2.5 * panels, 2.5)
+    figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False)
+    yield from axes[0]
+    figure.savefig(path, dpi=120, bbox_inches='tight')
+    plt.close(figure)
 
 
 def clock(seconds):
     """75 -> '1:15'; 3675 -> '1:01:15'."""
     hours, seconds = divmod(int(seconds), 3600)
     return (f"{hours}:{seconds // 60:02}" if hours else f"{seconds // 60}") + f":{seconds % 60:02}"
+
+
+# ---- progress ----
+
+class Progress:
+    """A line with speed and time left, redrawn in a terminal, or every ten seconds in a log."""
+
+    def __init__(self, what):
+        self.what, self.start, self.shown = what, time.time(), time.time()
+
+    def show(self, fraction, count=''):
+        now, tty = time.time(), sys.stderr.isatty()
+        if now - self.shown < (0.5 if tty else 10):
+            return
+        self.shown = now
+        left = (now - self.start) * (1 - fraction) / max(fraction, 1e-9)
+        print(f"{self.what} {100 * fraction:5.1f}%  {count}  {clock(left)} left   ", file=sys.stderr,
+              end='\r' if tty else '\n', flush=True)

@@ -1,39 +1,32 @@
 """
-MiniMind: a Llama-style decoder, read top to bottom (tutorial chapters II-2 to II-7).
+MiniMind: a Llama-style decoder, to be read from the top (chapters II-2 to II-7).
 
     tokens -> embedding -> n x [ x + Attention(RMSNorm(x)); x + FeedForward(RMSNorm(x)) ] -> RMSNorm -> logits
 
 What separates it from GPT-2: RMSNorm for LayerNorm, rotary positions (RoPE) for learned ones, grouped-query
-attention for multi-head, SwiGLU for GELU, no biases, and an output head that shares the embedding's weights.
-With use_moe the feed-forward becomes a mixture of experts. Parameter names are MiniMind's own, which are also
-Llama's and Qwen3's.
+attention for multi-head, SwiGLU for GELU, no biases; with use_moe a mixture of experts for the feed-forward.
+Parameter names are MiniMind's own, which are also Llama's and Qwen3's. From configurator.py come only the
+three functions that read and write files of weights.
 
     model = MiniMind(MiniMindConfig())                    # MiniMind's default: 25,829,888 parameters
     logits, loss = model(tokens, targets)                 # (B, T) -> (B, T, V) and a scalar
     cache = model.make_cache(batch_size=1, max_tokens=512)
-    logits, _ = model(prompt, cache=cache)                # prefill, in one piece or several
-    logits, _ = model(next_token, cache=cache)            # then one token at a time
+    logits, _ = model(tokens, cache=cache)                # the prompt, in pieces or whole; then new tokens
     model = MiniMind.from_pretrained('full_sft_768.pth')  # MiniMind's own weights, or a Hugging Face folder
     model.save_pretrained('folder')                       # transformers, vLLM and llama.cpp read it
 
     python model_minimind.py                              # sizes, part by part, and the bytes of a KV cache
-    python model_minimind.py --out_dir=out/pretrain --export_dir=out/hf     # a run -> a Hugging Face folder
 """
-import functools
-import glob
 import json
 import math
 import os
-import re
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# rows of each group times the matrix of that group, in one kernel; torch 2.9 has it under its older name.
-# It is kept out of torch.compile, which traces it in bfloat16 alone
-grouped_mm = torch.compiler.disable(getattr(F, 'grouped_mm', None) or torch._grouped_mm)
+from configurator import build_model, read_weights, write_weights
 
 
 @dataclass
@@ -55,78 +48,64 @@ class MiniMindConfig:
     rope_scaling: dict | None = None       # YaRN, as `extend_context` writes it; it holds the trained length
     # mixture of experts (chapter II-6); all that follows is ignored without use_moe
     use_moe: bool = False
-    num_experts: int = 4                   # E, routed experts a layer
+    num_experts: int = 4                   # E, routed experts per layer
     num_experts_per_tok: int = 2           # k, how many of them each token visits
     n_shared_experts: int = 0              # experts that every token visits besides (MiniMind2)
     moe_intermediate_size: int = 0         # width inside one expert; 0 is intermediate_size
     norm_topk_prob: bool = True            # weights of a token's experts sum to 1
     router_aux_loss_coef: float = 0.01     # weight of the load-balancing loss; 0 is none
     seq_aux: bool = True                   # balance within each row, not over the batch as a whole
+    model_type = 'minimind'                                            # these two are no fields
+    context = property(lambda self: self.max_position_embeddings)      # the longest sequence it can read
 
     def __post_init__(self):
+        def check(key, divisor, name):
+            if getattr(self, key) % divisor:
+                raise ValueError(f"{key} {getattr(self, key)} is not a multiple of {name} {divisor}")
+
         # 8/3, because SwiGLU has three matrices where a feed-forward of width 4C has two: 3 x 8/3 = 2 x 4
         self.intermediate_size = self.intermediate_size or 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
-        if not self.head_dim:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                                 f"{self.num_attention_heads}")
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd, but RoPE turns numbers in pairs")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                             f"num_key_value_heads {self.num_key_value_heads}")
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+        if not self.head_dim:
+            check('hidden_size', self.num_attention_heads, 'num_attention_heads')
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        check('head_dim', 2, "RoPE's pairs of")
+        check('num_attention_heads', self.num_key_value_heads, 'num_key_value_heads')
         if self.use_moe:
+            check('hidden_size', 8, "grouped_mm's blocks of")
+            check('moe_intermediate_size', 8, "grouped_mm's blocks of")
             if not 1 <= self.num_experts_per_tok <= self.num_experts:
-                raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} must lie between 1 and "
-                                 f"num_experts {self.num_experts}")
-            if self.hidden_size % 8 or self.moe_intermediate_size % 8:
-                raise ValueError(f"hidden_size and moe_intermediate_size of experts must be multiples of 8, "
-                                 f"not {self.hidden_size} and {self.moe_intermediate_size}")
-
-    @property
-    def context(self):
-        """The longest sequence the model can read, in tokens."""
-        return self.max_position_embeddings
+                raise ValueError(f"num_experts_per_tok must lie between 1 and num_experts {self.num_experts}")
 
 
-class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, eq. 4; chapter II-2).
+def plain_rms_norm(x, weight, eps=1e-5):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, eq. 4; chapter II-2): a
+    LayerNorm without the mean and the bias. On input of zero mean the two agree."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
-    It is LayerNorm without the mean and the bias: on input of zero mean the two agree.
-    """
 
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+class RMSNorm(nn.RMSNorm):
+    """plain_rms_norm in one kernel, always in float32: half-precision squares overflow or vanish."""
 
     def forward(self, x):
-        # in float32 whatever x is: squares of half-precision numbers overflow or vanish
-        h = x.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (h * self.weight).type_as(x)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
 
 
 def rope_table(config):
-    """cos and sin of position x frequency, each (positions, head_dim), float32.
-
+    """cos and sin of position x frequency, (2, positions, head_dim), float32.
     Pair i turns at theta^(-2i/D) radians per position (Su et al. 2021, section 3.2.2; chapter II-4).
-
-    With rope_scaling it is YaRN (Peng et al. 2023, section 3.2): pairs that turned more than beta_fast times
-    within the trained length know relative positions and keep their frequency; those that turned fewer than
-    beta_slow times never saw their full circle and are slowed down by `factor`, so that the longer context
-    looks to them like the trained one; between the two it is a ramp. As attention spreads over more tokens,
-    cos and sin, and by their square the scores, grow by attention_factor.
-    """
+    With rope_scaling it is YaRN (Peng et al. 2023, section 3.2). Pairs that turned more than beta_fast times
+    within the trained length know relative positions and keep their frequency. Those that turned fewer than
+    beta_slow times never saw a full circle, and are slowed down by `factor`: so the longer context looks like
+    the trained one. Between the two it is a ramp. As attention spreads over more tokens, cos and sin grow by
+    attention_factor, and the scores by its square."""
     D, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     frequencies = theta ** (-torch.arange(0, D, 2).float() / D)                        # (D/2,)
     grow = 1.0
     if scaling:
         def pair(turns):        # the pair that turns so often within the trained length
-            return D * math.log(scaling['original_max_position_embeddings'] / (turns * 2 * math.pi)) / (
-                2 * math.log(theta))
+            length = scaling['original_max_position_embeddings']
+            return D * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
         low = max(math.floor(pair(scaling.get('beta_fast') or 32)), 0)
         high = min(math.ceil(pair(scaling.get('beta_slow') or 1)), D - 1)
         slow = ((torch.arange(D // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
@@ -134,25 +113,20 @@ def rope_table(config):
         grow = scaling.get('attention_factor') or 0.1 * math.log(max(scaling['factor'], 1)) + 1
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
     angles = torch.cat([angles, angles], dim=-1)                                       # (positions, D)
-    return angles.cos() * grow, angles.sin() * grow
+    return torch.stack([angles.cos(), angles.sin()]) * grow
 
 
 def apply_rope(x, cos, sin):
-    """Rotate each pair (x_i, x_{i+D/2}) of x by its angle: R(m)q . R(n)k depends on n - m alone.
-
-    x (B, heads, T, D); cos, sin broadcast to (B, 1, T, D). Llama's layout: the two halves of a head form the
-    pairs, where the paper pairs neighbours. That only permutes the weights, and needs no interleaving.
-    """
+    """Rotate each pair (x_i, x_{i+D/2}) of x by its angle: R(m)q . R(n)k depends only on n - m.
+    x (B, heads, T, D); cos, sin (B or 1, 1, T, D). As in Llama, the two halves of a head form the
+    pairs, where the paper pairs neighbours: that only permutes the weights, and needs no interleaving."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).type_as(x)
 
 
 def plain_attention(q, k, v, allowed):
-    """softmax(q k^T / sqrt(D)) v, written out (Vaswani et al. 2017, eq. 1). It is here to be read, and for
-    the test that holds the fused kernel equal to it; the kernel never stores the (T, S) scores.
-
-    q (B, H, T, D); k, v (B, H_kv, S, D); allowed (T, S) or (B, 1, T, S), True where a query may look.
-    """
+    """softmax(q k^T / sqrt(D)) v, written out (Vaswani et al. 2017, eq. 1; chapter II-5).
+    q (B, H, T, D); k, v (B, H_kv, S, D); allowed (T, S) or (B, 1, T, S), True where a query may look."""
     group = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)        # (B, H, S, D)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                           # (B, H, T, S)
@@ -161,21 +135,19 @@ def plain_attention(q, k, v, allowed):
 
 class KVCache:
     """Keys and values of the tokens already read, preallocated (chapter II-5).
+    keys, values: one (B, H_kv, max_tokens, D) tensor per layer. length: tokens held, the same for every row.
+    padding (B,): how many tokens at the left of each row are padding; set it before the first call. Rows of
+    different length are padded there, so that all end together. Padding is never looked at, and positions
+    count from the first real token. like: a tensor on the device and of the dtype to store them in."""
 
-    keys, values: one (B, H_kv, max_tokens, D) tensor a layer. length: tokens held, the same for every row.
-    padding (B,): how many tokens at the left of each row are padding. Rows of different length are padded on
-    the left, so that all end together; what is hidden there is never looked at, and positions count from
-    the first real token. Set it before the first call.
-    """
-
-    def __init__(self, config, batch_size, max_tokens, device, dtype):
+    def __init__(self, config, batch_size, max_tokens, like):
+        if max_tokens > config.context:
+            raise ValueError(f"a cache of {max_tokens} tokens is larger than the context of {config.context}")
         shape = (batch_size, config.num_key_value_heads, max_tokens, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.max_tokens = max_tokens
-        self.length = 0
-        self.padding = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.values = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.max_tokens, self.length = max_tokens, 0
+        self.padding = like.new_zeros(batch_size, dtype=torch.long)
 
     def append(self, layer, k, v):
         """Store k, v (B, H_kv, T, D) behind what is held; return all of them, (B, H_kv, length + T, D)."""
@@ -186,7 +158,7 @@ class KVCache:
 
 
 def kv_cache_bytes(config, tokens, batch_size=1, bytes_per_number=4):
-    """Bytes of the keys *and* the values of all layers (chapter II-5, whose table counts the keys alone)."""
+    """Bytes of the keys *and* the values of all layers (chapter II-5, whose table counts only the keys)."""
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return numbers * batch_size * tokens * bytes_per_number
 
@@ -197,26 +169,22 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer = layer
-        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        norm = RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm = norm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = norm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, allowed=None, cache=None):
         """x (B, T, C) -> (B, T, C). allowed: what each query may look at; None is plain causal order."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)   # (B, T, C) -> (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)   # (B, T, C) -> (B, H_kv, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # (B, T, C) -> (B, heads, T, D)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))     # H heads of q, H_kv of k and v
         q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                          # (B, H_kv, S, D), S = past + T
@@ -239,12 +207,36 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def sort_by_expert(chosen, num_experts):
-    """Bring the visits of one expert together: chosen (N, k), the experts each of N tokens visits.
+def plain_moe(mlp, x):
+    """A mixture of experts: y = sum over the k likeliest experts e of p_e(x) FeedForward_e(x), with
+    p = softmax(gate(x)) (Shazeer et al. 2017; chapter II-6): the parameters of many experts, the cost of k.
+    x (B, T, C) -> (B, T, C). mlp: the MoEFeedForward with the weights; it computes the same, but faster."""
+    rows = x.flatten(0, 1)                                                             # (B T, C)
+    weights, chosen = mlp.gate(rows).softmax(dim=-1).topk(mlp.config.num_experts_per_tok)      # (B T, k)
+    if mlp.config.norm_topk_prob:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    y = torch.zeros_like(rows)
+    for e in range(mlp.config.num_experts):
+        token, choice = (chosen == e).nonzero(as_tuple=True)                           # (n,): visits of e
+        gate, up = (rows[token] @ mlp.experts.gate_up[e]).chunk(2, dim=-1)             # (n, width)
+        out = (F.silu(gate) * up) @ mlp.experts.down[e]                                # (n, C)
+        y.index_add_(0, token, out * weights[token, choice, None])
+    for expert in mlp.shared_experts:
+        y = y + expert(rows)
+    return y.view_as(x)
 
+
+# ---- the same, fast ----
+
+# rows of each group times the matrix of that group, in one kernel; torch 2.9 has it under its older name.
+# It is kept out of torch.compile, which traces it only in bfloat16
+grouped_mm = torch.compiler.disable(getattr(F, 'grouped_mm', None) or torch._grouped_mm)
+
+
+def sort_by_expert(chosen, num_experts):
+    """Bring the visits of one expert together: chosen (..., k), the experts each of N tokens visits.
     Visit v is that of token v // k. Returns order (N k), the visits sorted by expert, and ends (num_experts,)
     int32, where in that order each expert's visits end. On a GPU nothing here waits for the host.
-
     >>> order, ends = sort_by_expert(torch.tensor([[0, 1], [1, 2], [0, 2], [0, 1]]), 3)
     >>> order.tolist(), ends.tolist()                   # chapter II-6: four tokens, three experts
     ([0, 4, 6, 1, 2, 7, 3, 5], [3, 6, 8])
@@ -257,144 +249,94 @@ def sort_by_expert(chosen, num_experts):
 @torch.compiler.disable
 def padded_rows(ends, size):
     """How many rows each expert gets if all get the same, padding included; 0 where that does not pay.
-
     On a CPU grouped_mm goes from expert to expert, and products so small occupy one core. Padded to one shape
-    they are one batched product, until the padding costs an expert more than the calls it saves: about 2^22
-    multiplications, as measured. With fewer visits than experts it would read some that nobody visits.
-
-    ends as sort_by_expert gives it; size: numbers in the matrix of an expert.
-    """
+    they are one batched product. That pays while an expert's padding is less than 2^22 multiplications, as
+    measured, and no more experts are read than there are visits. size: numbers in the matrix of an expert."""
     if ends.is_cuda or torch.get_num_threads() == 1:
         return 0
     visits, most = ends[-1].item(), ends.diff(prepend=ends.new_zeros(1)).max().item()
     return most if visits >= len(ends) and (most - visits / len(ends)) * size < 2**22 else 0
 
 
-class Dispatch(torch.autograd.Function):
-    """x (N, C) -> (S, C): into each slot the token that visits there. Its gradient is Collect, so both ways
-    are plain gathers; autograd's own would add rows one by one, slowly and in no fixed order."""
+def fast_experts(x, chosen, weights, gate_up, down):
+    """What the routed experts compute, in two products: x (B, T, C); chosen (B, T, k), the experts each token
+    visits, and their weights (B, T, k); gate_up (E, C, 2 width), down (E, width, C) -> (B, T, C)."""
+    E, k, S = len(down), chosen.size(-1), chosen.numel()
+    autocast = torch.is_autocast_enabled(x.device.type)                    # it does not know grouped products
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else down.dtype
+    # each visit gets one of S slots; those of one expert stand side by side
+    order, ends = sort_by_expert(chosen, E)
+    slot = torch.empty_like(order).index_copy(0, order, torch.arange(S, device=x.device))
+    rows = padded_rows(ends, down[0].numel())
+    if rows:                                                           # the same number for each expert
+        shift = torch.arange(E, device=x.device) * rows - F.pad(ends[:-1], (1, 0))
+        slot, S = slot + shift[chosen.flatten()], E * rows
 
-    @staticmethod
-    def forward(ctx, x, token, slot):
-        ctx.save_for_backward(token, slot)
-        return x.index_select(0, token)
+    def product(h, matrices):                                          # (S, in), (E, in, out) -> (S, out)
+        if rows:
+            return (h.view(E, rows, -1) @ matrices.to(dtype)).flatten(0, 1)
+        return grouped_mm(h, matrices.to(dtype), offs=ends)
 
-    @staticmethod
-    def backward(ctx, grad):
-        return Collect.apply(grad, *ctx.saved_tensors), None, None
-
-
-class Collect(torch.autograd.Function):
-    """h (S, C) -> (N, C): for each token the sum over its slots (N, k)."""
-
-    @staticmethod
-    def forward(ctx, h, token, slot):
-        ctx.save_for_backward(token, slot)
-        return h.index_select(0, slot.flatten()).view(*slot.shape, -1).sum(1)      # (N k, C) -> (N, k, C)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Dispatch.apply(grad, *ctx.saved_tensors), None, None
-
-
-class Experts(nn.Module):
-    """All routed experts of a layer, each a SwiGLU, their matrices stacked so that one product serves all.
-    An expert without a visit gets a gradient of zero."""
-
-    def __init__(self, config):
-        super().__init__()
-        E, C, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        # (in, out) each, where nn.Linear has (out, in): their gradients come so, and need not be turned
-        self.gate_up = nn.Parameter(torch.empty(E, C, 2 * width))
-        self.down = nn.Parameter(torch.empty(E, width, C))
-
-    def forward(self, x, chosen, weights):
-        """x (N, C); chosen (N, k), the experts each token visits, and their weights (N, k) -> (N, C)."""
-        E, dtype, device = len(self.down), self.down.dtype, x.device
-        if torch.is_autocast_enabled(device.type):                         # it does not know grouped products
-            dtype = torch.get_autocast_dtype(device.type)
-        # a slot for each visit, those of one expert side by side
-        order, ends = sort_by_expert(chosen, E)
-        visits = torch.arange(len(order), device=device)
-        slot, slots = torch.empty_like(order), len(order)
-        slot[order] = visits
-        rows = padded_rows(ends, self.down[0].numel())
-        if rows:                                                           # the same number for each expert
-            starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-            slot += (torch.arange(E, device=device) * rows - starts)[chosen.flatten()]
-            slots = E * rows
-        # slots that stay empty hold token 0 with a weight of 0, so no gradient leaves them
-        token = visits.new_zeros(slots).index_copy(0, slot, visits // chosen.size(1))
-        weight = x.new_zeros(slots, dtype=dtype).index_copy(0, slot, weights.to(dtype).flatten())
-        slot = slot.view_as(chosen)
-
-        def product(h, matrices):                                          # (S, in), (E, in, out) -> (S, out)
-            if rows:
-                return (h.view(E, rows, -1) @ matrices.to(dtype)).flatten(0, 1)
-            return grouped_mm(h, matrices.to(dtype), offs=ends)
-
-        h = Dispatch.apply(x.to(dtype), token, slot)                       # (N, C) -> (S, C)
-        gate, up = product(h, self.gate_up).chunk(2, dim=-1)
-        h = product(F.silu(gate) * up * weight[:, None], self.down)        # (S, width) -> (S, C)
-        return Collect.apply(h, token, slot).to(x.dtype)                   # (S, C) -> (N, C)
+    h = x.to(dtype).flatten(0, 1).repeat_interleave(k, dim=0)          # (B, T, C) -> (B T k, C)
+    h = h.new_zeros(S, x.size(-1)).index_copy(0, slot, h)              # (B T k, C) -> (S, C)
+    weight = h.new_zeros(S).index_copy(0, slot, weights.to(dtype).flatten())
+    gate, up = product(h, gate_up).chunk(2, dim=-1)
+    h = product(F.silu(gate) * up * weight[:, None], down)             # (S, width) -> (S, C)
+    return h.index_select(0, slot).view(*chosen.shape, -1).sum(2).to(x.dtype)      # (S, C) -> (B, T, C)
 
 
 class MoEFeedForward(nn.Module):
-    """A mixture of experts: y = sum over the k likeliest experts e of p_e(x) FeedForward_e(x), with
-    p = softmax(gate(x)) (Shazeer et al. 2017; chapter II-6). Parameters of many experts, the cost of k.
-
-    Left alone a router sends ever more tokens to the experts that happened to learn first. The auxiliary loss
-
-        aux = coef x E x sum_e f_e P_e        f_e: share of the visits that e got; P_e: its mean probability
-
-    is lowest, coef, when all get the same (Fedus et al. 2021, eq. 4). f has no gradient, so it pushes P down
-    where f is high. With seq_aux f and P are taken in each row, as in DeepSeek-V2, and a row weighs as many
-    tokens as it counts; that is stricter, and the same however rows are cut into micro-batches.
-    """
+    """plain_moe, and the loss that balances its router. Without it a router sends ever more tokens to the
+    experts that happened to learn first. The loss is coef x E x sum_e f_e P_e, with f_e the share of the
+    visits that e got, and P_e its mean probability (Fedus et al. 2021, eq. 4). It is lowest, coef, when all
+    get the same. f has no gradient, so it pushes P down where f is high. With seq_aux f and P are taken in
+    each row, as in DeepSeek-V2, and a row weighs as many tokens as it counts; that is stricter, and the same
+    however rows are cut into micro-batches."""
+    routed = None       # p and chosen of the last forward, if it was in training
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)      # the router
-        self.experts = Experts(config)
-        self.shared_experts = nn.ModuleList([FeedForward(config, config.moe_intermediate_size)
-                                             for _ in range(config.n_shared_experts)])
+        E, C, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate = nn.Linear(C, E, bias=False)                                        # the router
+        # (in, out) each, where nn.Linear has (out, in): their gradients come so, and need not be turned
+        self.experts = nn.ParameterDict([('gate_up', torch.empty(E, C, 2 * width)),
+                                         ('down', torch.empty(E, width, C))])
+        shared = range(config.n_shared_experts)
+        self.shared_experts = nn.ModuleList(FeedForward(config, width) for _ in shared)
 
     def forward(self, x):
-        B, T, C = x.shape
-        # in float32: which experts win must not hang on rounding (Fedus et al. 2021, section 2.4)
+        # in float32: which experts win must not depend on rounding (Fedus et al. 2021, section 2.4)
         with torch.autocast(x.device.type, enabled=False):
             p = F.linear(x.float(), self.gate.weight.float()).softmax(dim=-1)          # (B, T, E)
         weights, chosen = p.topk(self.config.num_experts_per_tok, dim=-1)              # (B, T, k)
-        if self.config.norm_topk_prob:      # with k = 1 always 1: the auxiliary loss alone moves the router
+        if self.config.norm_topk_prob:      # with k = 1 always 1: only the auxiliary loss moves the router
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        y = self.experts(x.reshape(B * T, C), chosen.flatten(0, 1), weights.flatten(0, 1)).view(B, T, C)
+        y = fast_experts(x, chosen, weights, **self.experts)
         for expert in self.shared_experts:
             y = y + expert(x)
-        if self.training:
-            self.routed = p, chosen
+        self.routed = (p, chosen) if self.training else None
         return y
 
     def auxiliary_loss(self, counted):
-        """The loss above for the last forward in training, over the tokens where counted (B, T) alone. Leaves
-        in `load` (E,), without gradient, the share of their visits that each expert got."""
-        p, chosen = self.routed
+        """The loss above of the last forward, in training, over the tokens where counted (B, T) is True.
+        Leaves in `load` (E,), without gradient, the share of the visits that each expert got."""
+        p, chosen = self.routed                                                        # (B, T, E), (B, T, k)
+        visits = torch.zeros_like(p).scatter(2, chosen, 1)                             # (B, T, E)
         counted = counted[..., None].to(p.dtype)                                       # (B, T, 1)
         n = counted.sum(dim=1)                                                         # (B, 1)
-        visits = counted.expand(chosen.shape).flatten(1)                               # (B, T k)
-        f = torch.zeros_like(p[:, 0]).scatter_add_(1, chosen.flatten(1), visits)       # (B, E)
-        f, P = f / (n * chosen.size(-1)).clamp(min=1), (p * counted).sum(dim=1) / n.clamp(min=1)
-        weight = n / n.sum().clamp(min=1)
+        f = (visits * counted).sum(dim=1) / (n * chosen.size(-1)).clamp(min=1)         # (B, E)
+        P = (p * counted).sum(dim=1) / n.clamp(min=1)                                  # (B, E)
+        weight = n / n.sum().clamp(min=1)                                              # (B, 1)
         self.load = (weight * f).sum(dim=0)
-        scale = self.config.router_aux_loss_coef * self.config.num_experts
-        if self.config.seq_aux:
-            return scale * (weight * f * P).sum()
-        return scale * (self.load * (weight * P).sum(dim=0)).sum()
+        balance = weight * f * P if self.config.seq_aux else self.load * (weight * P).sum(dim=0)
+        return self.config.router_aux_loss_coef * self.config.num_experts * balance.sum()
 
+
+# ---- the model ----
 
 class Block(nn.Module):
-    """One layer. The norms stand before attention and feed-forward, so the residual stream x runs through
-    the whole model untouched but for what each part adds to it."""
+    """One layer. All that changes the residual stream x is what attention and feed-forward add to it."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -407,6 +349,39 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, allowed=None, cache=None):
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, allowed, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+def positions_and_mask(tokens, cache, segments, context):
+    """The position of each token, (1, T) or (B, T), and what each query may look at, (B, 1, T, S) bool; None
+    is plain causal order. S counts the tokens in the cache too. tokens, cache, segments: as in forward."""
+    assert cache is None or segments is None, "a cache holds one document per row"
+    past, limit = (cache.length, cache.max_tokens) if cache else (0, context)
+    end = past + tokens.size(1)
+    if end > limit:
+        raise ValueError(f"{end} tokens exceed the {'cache' if cache else 'context'} of {limit}")
+    positions = torch.arange(past, end, device=tokens.device)[None]                    # (1, T)
+    if cache is None and segments is None:
+        return positions, None
+    keys = torch.arange(end, device=tokens.device)                                     # (S,)
+    itself, before = keys == positions.mT, keys < positions.mT                         # (T, S)
+    if segments is not None:
+        seen = segments[:, :, None] == segments[:, None, :]                            # (B, T, S), S = T
+        starts = F.pad(segments.diff(dim=1), (1, 0), value=1) != 0                     # (B, T)
+        first = torch.where(starts, positions, 0).cummax(dim=1).values                 # (B, T)
+    else:
+        seen = (keys >= cache.padding[:, None])[:, None]                               # (B, 1, S)
+        first = cache.padding[:, None]                                                 # (B, 1)
+    # each token sees itself, padding too, or its softmax would be NaN
+    return (positions - first).clamp(min=0), (itself | before & seen)[:, None]
+
+
+def mean_loss(logits, targets):
+    """Mean negative log-likelihood, in nats, of targets (B, T) under logits (B, T, V); -100 is ignored, and
+    with nothing else it is 0 (chapter II-7). In float32, but a piece at a time: a copy of all logits would be
+    the largest tensor of the step, and on a CPU fresh memory for it takes longer than the sum itself."""
+    total = sum(F.cross_entropy(piece.float(), target, ignore_index=-100, reduction='sum')
+                for piece, target in zip(logits.flatten(0, 1).chunk(8), targets.flatten().chunk(8)))
+    return total / (targets != -100).sum().clamp(min=1)
 
 
 class MiniMind(nn.Module):
@@ -423,9 +398,8 @@ class MiniMind(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        cos, sin = rope_table(config)
-        self.register_buffer('rope_cos', cos, persistent=False)   # (positions, D), computed, so not saved
-        self.register_buffer('rope_sin', sin, persistent=False)
+        with torch.device('cpu'):                       # computed, so not saved; there on a meta model too
+            self.register_buffer('rope', rope_table(config), persistent=False)         # (2, positions, D)
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 # matrices that write into the residual stream start smaller, as 2 x layers of them add up
@@ -433,66 +407,34 @@ class MiniMind(nn.Module):
                 into_stream = 'o_proj' in name or 'down' in name
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers if into_stream else 1))
 
-    def forward(self, tokens, targets=None, cache=None, segments=None):
+    def forward(self, tokens, targets=None, cache=None, segments=None, head=True):
         """Logits for the token after each token, and their mean loss.
 
         tokens    (B, T) int64
         targets   (B, T) int64, the token that follows each; -100 is ignored. With none at all the loss is 0.
         cache     a KVCache: `tokens` continue what it holds, and are added to it
-        segments  (B, T) int64, the document each token of a packed row belongs to, ascending: attention stays
-                  inside it and positions start anew in each, as if every document had a row of its own
-        returns   logits (B, T, V); loss, the mean negative log-likelihood in nats over targets, or None. In
-                  training a mixture of experts adds its auxiliary loss to it, and leaves that in `aux_loss`.
+        segments  (B, T) int64, the document of each token in a packed row, ascending: attention stays inside
+                  it and positions start anew in each, as if every document had a row of its own
+        head      False: return what the output head would be given, (B, T, C), in place of logits
+        returns   logits (B, T, V); loss, the mean negative log-likelihood in nats over targets, or None
         """
-        assert cache is None or segments is None, "a cache holds one document a row"
-        B, T = tokens.shape
-        past = cache.length if cache else 0
-        limit = cache.max_tokens if cache else self.config.max_position_embeddings
-        if past + T > limit:
-            raise ValueError(f"{past + T} tokens exceed the {'cache' if cache else 'context'} of {limit}")
-
-        positions = torch.arange(past, past + T, device=tokens.device)                 # (T,)
-        if segments is not None:
-            starts = torch.cat([torch.ones_like(segments[:, :1]), segments.diff(dim=1)], dim=1) != 0
-            rows = positions - torch.where(starts, positions, 0).cummax(dim=1).values  # (B, T)
-            cos, sin = self.rope_cos[rows][:, None], self.rope_sin[rows][:, None]      # (B, 1, T, D)
-            same = segments[:, :, None] == segments[:, None, :]                        # (B, T, T)
-            allowed = (same & (positions <= positions[:, None]))[:, None]              # (B, 1, T, T)
-        elif cache is None:
-            allowed, cos, sin = None, self.rope_cos[positions], self.rope_sin[positions]     # (T, D)
-        else:
-            keys = torch.arange(past + T, device=tokens.device)
-            own = keys == positions[:, None]                                           # (T, S)
-            real = keys >= cache.padding[:, None]                                      # (B, S)
-            # itself, and what stands before it unless that is padding; a padding token must have something to
-            # look at too, or its softmax is NaN
-            allowed = (own | (keys < positions[:, None]) & real[:, None])[:, None]     # (B, 1, T, S)
-            rows = (positions - cache.padding[:, None]).clamp(min=0)                   # (B, T)
-            cos, sin = self.rope_cos[rows][:, None], self.rope_sin[rows][:, None]      # (B, 1, T, D)
-
+        assert head or targets is None, "there is no loss without the head"
+        positions, allowed = positions_and_mask(tokens, cache, segments, self.config.context)
+        cos, sin = self.rope[:, positions].unsqueeze(2)                                # (B, 1, T, D) each
         x = self.model.dropout(self.model.embed_tokens(tokens))                        # (B, T) -> (B, T, C)
         for block in self.model.layers:
             x = block(x, cos, sin, allowed, cache)
-        logits = self.lm_head(self.model.norm(x))                                      # (B, T, V)
+        x = self.model.norm(x)
         if cache is not None:
-            cache.length += T
-        if targets is None:
-            return logits, None
-        # in float32, but a piece at a time: a copy of all logits would be the largest tensor of the step, and
-        # on a CPU the fresh memory for it costs more time than the sum itself
-        loss = sum(F.cross_entropy(piece.float(), target, ignore_index=-100, reduction='sum')
-                   for piece, target in zip(logits.flatten(0, 1).chunk(8), targets.flatten().chunk(8)))
-        loss = loss / (targets != -100).sum().clamp(min=1)
-        if self.training and self.config.use_moe:
-            aux_loss = self.auxiliary_loss(targets != -100)     # padding, which is no target, has no part
-            self.aux_loss = aux_loss.detach()                   # its share of the loss below, for a log
-            loss = loss + aux_loss
-        return logits, loss
+            cache.length += tokens.size(1)
+        logits = self.lm_head(x) if head else x                                        # (B, T, V)
+        return logits, None if targets is None else mean_loss(logits, targets)
 
     def auxiliary_loss(self, counted):
-        """The load-balancing losses of all layers in the last training forward, over the tokens where
-        counted (B, T) is True."""
-        return sum(block.mlp.auxiliary_loss(counted) for block in self.model.layers)
+        """The load-balancing losses of all layers in the last forward, over the tokens where counted (B, T)
+        is True: those with a target, no padding. 0 if it was not in training, or the model is dense."""
+        moe = [block.mlp for block in self.model.layers if self.config.use_moe and block.mlp.routed]
+        return sum((mlp.auxiliary_loss(counted) for mlp in moe), 0.0)
 
     def expert_load(self):
         """(layers, E): the share of the counted visits each expert got in that loss; 1 / E is fair."""
@@ -502,248 +444,152 @@ class MiniMind(nn.Module):
         """Read `factor` times longer texts than the model was trained on, by YaRN."""
         if self.config.rope_scaling:
             raise ValueError(f"the context is extended already: {self.config.rope_scaling}")
-        trained = self.config.max_position_embeddings
         self.config.rope_scaling = dict(rope_type='yarn', factor=float(factor),
-                                        original_max_position_embeddings=trained)
-        self.config.max_position_embeddings = int(trained * factor)
-        cos, sin = rope_table(self.config)
-        self.rope_cos, self.rope_sin = cos.to(self.rope_cos), sin.to(self.rope_sin)
+                                        original_max_position_embeddings=self.config.context)
+        self.config.max_position_embeddings = int(self.config.context * factor)
+        self.rope = rope_table(self.config).to(self.rope)
 
     def make_cache(self, batch_size, max_tokens):
         """An empty KV cache for `max_tokens` tokens, prompt and answer together."""
-        if max_tokens > self.config.max_position_embeddings:
-            raise ValueError(f"a cache of {max_tokens} tokens is larger than the context of "
-                             f"{self.config.max_position_embeddings}")
-        weight = self.lm_head.weight
-        return KVCache(self.config, batch_size, max_tokens, weight.device, weight.dtype)
-
-    # ---- weights on disk ----
+        return KVCache(self.config, batch_size, max_tokens, like=self.lm_head.weight)
 
     @classmethod
     def from_pretrained(cls, source):
-        """The model of a Hugging Face folder (config.json of Llama, Qwen3, Qwen3-MoE or MiniMind, and weights
-        in .safetensors or .bin), or of a .pth of MiniMind's. On the CPU, float32, in evaluation mode.
-
-        Raises OSError, ImportError or ValueError with one line if it cannot be had or is no such model.
-        """
-        state = stack_experts({name: value for name, value in read_weights(source).items()
-                               if not name.endswith(LEGACY_BUFFERS)})
-        if os.path.isdir(source):
+        """The model of a Hugging Face folder (Llama, Qwen3, Qwen3-MoE, MiniMind) or of a .pth of MiniMind's:
+        on the CPU, float32, in evaluation mode. Raises OSError, ImportError or ValueError with one line."""
+        try:
+            state = weights_from_hf(read_weights(source))
+            if not os.path.isdir(source):
+                return build_model(cls, config_of_official(state), state, source)
             with open(os.path.join(source, 'config.json'), encoding='utf-8') as f:
-                hf = json.load(f)
-            try:
-                model = cls(config_from_hf(hf, state, source))
-            except (KeyError, TypeError, ZeroDivisionError, RuntimeError) as e:
-                raise ValueError(f"{source}: config.json is no model's ({type(e).__name__}: {e})") from None
-        else:
-            model = cls(config_of_official(state, source))
-        embedding = state.get('model.embed_tokens.weight')
-        if model.config.tie_word_embeddings and embedding is not None:
-            if not torch.equal(state.setdefault('lm_head.weight', embedding), embedding):
-                raise ValueError(f"{source}: head and embedding should be one matrix, but differ")
-        for name, p in model.state_dict().items():
-            if name not in state or state[name].shape != p.shape:
-                found = tuple(state[name].shape) if name in state else 'missing'
-                raise ValueError(f"{source}: {name} is {found}, but its config asks for {tuple(p.shape)}")
-        if unknown := sorted(set(state) - set(model.state_dict())):
-            raise ValueError(f"{source}: {unknown[0]} has no place in this model")
-        model.load_state_dict(state)
-        return model.eval()
+                return build_model(cls, config_from_hf(json.load(f), state, source), state, source)
+        except (KeyError, TypeError, ZeroDivisionError, RuntimeError) as e:
+            raise ValueError(f"{source} is no model that can be read ({type(e).__name__}: {e})") from None
 
     def save_pretrained(self, folder, **extra):
         """Write a folder that transformers loads: as Llama without qk_norm, Qwen3 with it, Qwen3-MoE if there
-        are experts too; ValueError where none of the three computes the same. config.json and
-        generation_config.json take `extra`, the ids of special tokens; the weights go to model.safetensors,
-        or to pytorch_model.bin where that package is not installed."""
+        are experts too; ValueError where none of the three computes the same. Weights, config.json and
+        generation_config.json, both with `extra`, the ids of special tokens, in them."""
         config = dict(config_to_hf(self.config), **extra)
         os.makedirs(folder, exist_ok=True)
         for name, content in (('config.json', config), ('generation_config.json', extra)):
             with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
                 json.dump(content, f, indent=2)
-        state = unstack_experts({name: value.detach().cpu() for name, value in self.state_dict().items()
-                                 if not (name == 'lm_head.weight' and self.config.tie_word_embeddings)})
-        try:
-            from safetensors.torch import save_file
-        except ImportError:
-            torch.save(state, os.path.join(folder, 'pytorch_model.bin'))
-        else:
-            save_file(state, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
+        state = weights_to_hf(self.state_dict())
+        if self.config.tie_word_embeddings:             # transformers takes it from embed_tokens
+            del state['lm_head.weight']
+        write_weights(folder, state)
 
 
-# RoPE tables that older checkpoints carry along: computed here
-LEGACY_BUFFERS = ('freqs_cos', 'freqs_sin', 'pos_cis', 'rotary_emb.inv_freq')
+# ---- formats of the weights ----
+
+# config.json: model_type and its class in transformers; what keys must be where they are given; other names
+CLASSES = dict(llama='LlamaForCausalLM', qwen3='Qwen3ForCausalLM', qwen3_moe='Qwen3MoeForCausalLM')
+REQUIRED = dict(hidden_act='silu', attention_bias=False, mlp_bias=False, use_sliding_window=False,
+                decoder_sparse_step=1, mlp_only_layers=[], scoring_func='softmax')
+SYNONYMS = dict(num_local_experts='num_experts', n_routed_experts='num_experts',
+                aux_loss_alpha='router_aux_loss_coef')
+OURS = ('dropout', 'qk_norm', 'use_moe', 'n_shared_experts')               # no keys of transformers
+EXPERT_KEYS = ('num_experts', 'num_experts_per_tok', 'moe_intermediate_size', 'norm_topk_prob',
+               'router_aux_loss_coef', 'seq_aux')
+MINIMIND2 = dict(rms_norm_eps=1e-5, num_experts_per_tok=2, router_aux_loss_coef=0.01, seq_aux=True)
+MINIMIND3 = dict(rms_norm_eps=1e-6, num_experts_per_tok=1, router_aux_loss_coef=5e-4, seq_aux=False)
+COMPUTED = ('freqs_cos', 'freqs_sin', 'pos_cis', 'rotary_emb.inv_freq')     # RoPE tables in older files
 
 
-def read_weights(source):
-    """{name: tensor} of a .pth file, or of all weight files in a folder."""
-    if os.path.isfile(source):
-        files = [source]
-    else:
-        folder = glob.escape(source)
-        files = sorted(glob.glob(os.path.join(folder, 'model*.safetensors'))
-                       or glob.glob(os.path.join(folder, 'pytorch_model*.bin')))
-    if not files:
-        raise FileNotFoundError(f"{source} holds neither model.safetensors nor pytorch_model.bin")
-    weights = {}
-    for file in files:
-        if file.endswith('.safetensors'):
-            try:
-                from safetensors.torch import load_file as load
-            except ImportError:
-                raise ImportError(f"{file} needs a package: pip install safetensors") from None
-        else:
-            load = functools.partial(torch.load, map_location='cpu', weights_only=True)
-        try:
-            weights.update(load(file))
-        except Exception as e:                          # each library has kinds of its own for a broken file
-            reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:80]}"
-            raise ValueError(f"{file} holds no weights ({reason})") from None
-    if others := [name for name, value in weights.items() if not torch.is_tensor(value)]:
-        raise ValueError(f"{source} holds more than weights: {others[0]}, for one")
-    return weights
-
-
-def stack_experts(state):
-    """Replace experts.0.gate_proj.weight, ... of each layer, as checkpoints have them, by the two stacks of
-    Experts. Those of transformers, experts.gate_up_proj and down_proj, are their transposes."""
-    state, experts = dict(state), {}
+def weights_from_hf(state):
+    """{name: tensor} as this model has them: experts.0.gate_proj.weight, ... of each layer, or transformers'
+    experts.gate_up_proj and down_proj, become the two stacks of Experts. KeyError if one is missing."""
+    state = {name: value for name, value in state.items() if not name.endswith(COMPUTED)}
     for name in list(state):
-        if found := re.fullmatch(r'(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight', name):
-            layer, expert, part = found.groups()
-            experts.setdefault(layer, {})[int(expert), part] = state.pop(name)
-        elif found := re.fullmatch(r'(.*\.experts\.(gate_up|down))_proj', name):
-            state[found[1]] = state.pop(name).mT
-    for layer, parts in experts.items():
-        numbers = sorted({expert for expert, _ in parts})
-        if len(parts) != 3 * len(numbers):
-            raise ValueError(f"{layer}: an expert lacks its gate, up or down matrix")
-        pairs = [torch.cat([parts[e, 'gate'], parts[e, 'up']]) for e in numbers]
-        state[f'{layer}.gate_up'] = torch.stack(pairs).mT
-        state[f'{layer}.down'] = torch.stack([parts[e, 'down'] for e in numbers]).mT
+        if name.endswith(('.experts.gate_up_proj', '.experts.down_proj')):
+            state[name.removesuffix('_proj')] = state.pop(name).mT
+        elif name.endswith('.experts.0.gate_proj.weight'):
+            layer = name.removesuffix('.0.gate_proj.weight')
+            E = len([n for n in state if n.startswith(layer) and n.endswith('.gate_proj.weight')])
+            gate, up, down = (torch.stack([state.pop(f'{layer}.{e}.{part}_proj.weight') for e in range(E)])
+                              for part in ('gate', 'up', 'down'))          # (E, out, in)
+            state[f'{layer}.gate_up'], state[f'{layer}.down'] = torch.cat([gate, up], dim=1).mT, down.mT
     return state
 
 
-def unstack_experts(state):
-    """The reverse of stack_experts."""
-    out = {}
-    for name, value in state.items():
-        layer, experts, part = name.rpartition('.experts.')
-        if not experts:
-            out[name] = value
-        for e, matrix in enumerate(value) if experts else ():
-            named = zip(('gate', 'up'), matrix.T.chunk(2)) if part == 'gate_up' else [('down', matrix.T)]
-            out.update({f'{layer}.experts.{e}.{kind}_proj.weight': m.contiguous() for kind, m in named})
-    return out
+def weights_to_hf(state):
+    """The reverse of weights_from_hf, with experts one by one, as MiniMind and Qwen3-MoE have them."""
+    theirs = dict(state)
+    for name in [name for name in state if '.experts.' in name]:
+        layer, _, part = name.rpartition('.')
+        parts = ('down',) if part == 'down' else ('gate', 'up')
+        for part, matrices in zip(parts, theirs.pop(name).mT.chunk(len(parts), dim=1)):     # (E, out, in)
+            theirs.update({f'{layer}.{e}.{part}_proj.weight': matrix for e, matrix in enumerate(matrices)})
+    return theirs
 
 
 def config_from_hf(hf, state, source):
     """The MiniMindConfig of a config.json and its weights; ValueError for what this model does not do."""
     kind = hf.get('model_type')
-    kinds = ('llama', 'qwen3', 'qwen3_moe', 'minimind')
-    if kind not in kinds:
-        raise ValueError(f"{source}: config.json describes a {kind!r}; this model is {', '.join(kinds)}")
-    known = dict(hidden_act='silu', attention_bias=False, mlp_bias=False, use_sliding_window=False,
-                 decoder_sparse_step=1, mlp_only_layers=[], scoring_func='softmax')
-    for key, value in known.items():
+    if kind not in (*CLASSES, 'minimind'):
+        raise ValueError(f"{source}: config.json describes a {kind!r}, not {', '.join(CLASSES)} or minimind")
+    for key, value in REQUIRED.items():
         if hf.get(key) not in (value, None):
-            raise ValueError(f"{source}: config.json has {key}={hf[key]!r}, this model {value!r} alone")
+            raise ValueError(f"{source}: config.json has {key}={hf[key]!r}, this model only {value!r}")
     for key in ('rms_norm_eps', *(('num_experts_per_tok', 'norm_topk_prob') if kind == 'qwen3_moe' else ())):
         if key not in hf:           # each library has another default, and a wrong one is not seen
             raise ValueError(f"{source}: config.json has no {key}")
-    own = {key: hf[key] for key in MiniMindConfig.__dataclass_fields__ if hf.get(key) is not None}
-    own.setdefault('num_key_value_heads', hf['num_attention_heads'])
+    own = dict(num_key_value_heads=hf['num_attention_heads'],
+               tie_word_embeddings='lm_head.weight' not in state)
+    own.update({SYNONYMS.get(key, key): value for key, value in hf.items() if value is not None})
     # transformers 5 has all of RoPE in one dictionary; before, theta stood apart
     rope = dict(hf.get('rope_scaling') or {}, **hf.get('rope_parameters') or {})
     own['rope_theta'] = float(rope.pop('rope_theta', hf.get('rope_theta') or 10000.0))
     rope['rope_type'] = rope.pop('type', rope.get('rope_type', 'default'))
     if rope['rope_type'] not in ('default', 'yarn') or rope.keys() & {'mscale', 'mscale_all_dim', 'truncate'}:
-        raise ValueError(f"{source}: config.json scales RoPE by {rope}, this model by plain YaRN alone")
+        raise ValueError(f"{source}: config.json scales RoPE by {rope}, this model only by plain YaRN")
     if rope['rope_type'] == 'yarn':
         rope.setdefault('original_max_position_embeddings', hf['max_position_embeddings'])
     own['rope_scaling'] = rope if rope['rope_type'] == 'yarn' else None
     own['qk_norm'] = any(name.endswith('q_norm.weight') for name in state)
     own['use_moe'] = kind == 'qwen3_moe' or bool(hf.get('use_moe'))
-    own.setdefault('tie_word_embeddings', 'lm_head.weight' not in state)
-    for other in ('num_local_experts', 'n_routed_experts'):
-        if hf.get(other):
-            own['num_experts'] = hf[other]
-    if hf.get('aux_loss_alpha') is not None:
-        own['router_aux_loss_coef'] = hf['aux_loss_alpha']
-    return MiniMindConfig(**own)
-
-
-def config_of_official(state, source):
-    """The MiniMindConfig behind a .pth of MiniMind's, which holds weights alone: sizes from their shapes, the
-    rest from the generation, MiniMind-3 if there are q_norm and k_norm, else MiniMind2."""
-    shape = {name: tuple(value.shape) for name, value in state.items()}
-    first = 'model.layers.0.'
-    try:
-        V, C = shape['model.embed_tokens.weight']
-        kv_width = shape[first + 'self_attn.k_proj.weight'][0]
-        third = first + 'self_attn.q_norm.weight' in shape
-        head_dim = shape[first + 'self_attn.q_norm.weight'][0] if third else C // 8
-        moe = first + 'mlp.gate.weight' in shape
-        width = shape[first + ('mlp.experts.down' if moe else 'mlp.down_proj.weight')][1]
-    except KeyError as e:
-        raise ValueError(f"{source} is no checkpoint of MiniMind: it has no {e.args[0]}") from None
-    return MiniMindConfig(
-        vocab_size=V, hidden_size=C, intermediate_size=width, head_dim=head_dim, qk_norm=third,
-        num_hidden_layers=len([name for name in shape if name.endswith('input_layernorm.weight')]),
-        num_attention_heads=shape[first + 'self_attn.q_proj.weight'][0] // head_dim,
-        num_key_value_heads=kv_width // head_dim, rms_norm_eps=1e-6 if third else 1e-5, use_moe=moe,
-        num_experts=shape[first + 'mlp.gate.weight'][0] if moe else 4, num_experts_per_tok=1 if third else 2,
-        n_shared_experts=len([name for name in shape if name.startswith(first + 'mlp.shared_experts.')]) // 3,
-        router_aux_loss_coef=5e-4 if third else 0.01, seq_aux=not third)
+    return MiniMindConfig(**{key: own[key] for key in MiniMindConfig.__dataclass_fields__ if key in own})
 
 
 def config_to_hf(config):
     """The config.json of the transformers model that computes the same; ValueError if there is none."""
     if config.use_moe and (config.n_shared_experts or not config.qk_norm):
-        what = 'with shared experts' if config.n_shared_experts else 'without qk_norm'
-        raise ValueError(f"transformers has no model of experts {what}: Qwen3-MoE computes otherwise")
-    kind, name = (('qwen3_moe', 'Qwen3MoeForCausalLM') if config.use_moe else
-                  ('qwen3', 'Qwen3ForCausalLM') if config.qk_norm else ('llama', 'LlamaForCausalLM'))
-    hf = {key: value for key, value in asdict(config).items()
-          if key not in ('dropout', 'qk_norm', 'use_moe', 'n_shared_experts')
-          and (config.use_moe or key not in ('num_experts', 'num_experts_per_tok', 'moe_intermediate_size',
-                                             'norm_topk_prob', 'router_aux_loss_coef', 'seq_aux'))}
-    return dict(hf, model_type=kind, architectures=[name], hidden_act='silu', attention_bias=False,
+        raise ValueError("transformers has no mixture with shared experts or without qk_norm")
+    kind = 'qwen3_moe' if config.use_moe else 'qwen3' if config.qk_norm else 'llama'
+    unused = OURS if config.use_moe else OURS + EXPERT_KEYS
+    return dict({key: value for key, value in asdict(config).items() if key not in unused},
+                model_type=kind, architectures=[CLASSES[kind]], hidden_act='silu', attention_bias=False,
                 attention_dropout=config.dropout, torch_dtype='float32')
 
 
-# settings of the export
-out_dir = ''            # folder of the run to export; '' prints the sizes of MiniMind's small model
-export_dir = ''         # folder to write for transformers: config.json, weights, tokenizer
-yarn_factor = 1.0       # how many times longer than in training the exported model's context is
+def config_of_official(state):
+    """The MiniMindConfig behind a .pth of MiniMind's, which holds only weights: sizes from their shapes, what
+    no shape shows from the generation, MiniMind-3 if there are q_norm and k_norm, else MiniMind2."""
+    shape = {name.removeprefix('model.layers.0.'): value.shape for name, value in state.items()}
+    third, moe = 'self_attn.q_norm.weight' in shape, 'mlp.gate.weight' in shape
+    V, C = shape['model.embed_tokens.weight']
+    head_dim = shape['self_attn.q_norm.weight'][0] if third else C // 8
+    return MiniMindConfig(
+        vocab_size=V, hidden_size=C, head_dim=head_dim, qk_norm=third, use_moe=moe,
+        intermediate_size=shape['mlp.experts.down' if moe else 'mlp.down_proj.weight'][1],
+        num_hidden_layers=len([name for name in shape if name.endswith('input_layernorm.weight')]),
+        num_attention_heads=shape['self_attn.q_proj.weight'][0] // head_dim,
+        num_key_value_heads=shape['self_attn.k_proj.weight'][0] // head_dim,
+        num_experts=shape['mlp.gate.weight'][0] if moe else 4,
+        n_shared_experts=len([name for name in shape if name.startswith('mlp.shared_experts.')]) // 3,
+        **(MINIMIND3 if third else MINIMIND2))
+
 
 if __name__ == '__main__':
-    from configurator import configure, fail
-    from sample import load_run, stop_ids
-    configure(globals(), yarn_factor=1)
-    if bool(out_dir) != bool(export_dir):
-        fail("an export takes both --out_dir=RUN and --export_dir=FOLDER")
-    if export_dir:
-        model, tokenizer, _ = load_run(out_dir)
-        try:
-            if yarn_factor > 1:
-                model.extend_context(yarn_factor)
-            model.save_pretrained(export_dir, bos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot,
-                                  eos_token_id=sorted(stop_ids(tokenizer)))
-            tokenizer.save(export_dir)
-        except ValueError as e:
-            fail(f"{out_dir}: {e}")
-        except OSError as e:
-            fail(f"cannot write {export_dir}: {e.strerror}")
-        print(f"wrote {export_dir}, which AutoModelForCausalLM.from_pretrained of transformers loads")
-    else:
-        parts, model = {}, MiniMind(MiniMindConfig())
-        for name, p in model.named_parameters():
-            part = name.split('.')[3] if '.layers.' in name else name.split('.')[1]
-            parts[part] = parts.get(part, 0) + p.numel()
-        for part, count in [*parts.items(), ('total', sum(parts.values()))]:
-            print(f"{part:25}{count:12,}")
-        print("\nKV cache of one layer, 4096 wide, 32 heads, 1024 tokens, float32 (chapter II-5)")
-        for kind, kv_heads in (('multi-head', 32), ('grouped-query', 8), ('multi-query', 1)):
-            config = MiniMindConfig(hidden_size=4096, num_hidden_layers=1, num_attention_heads=32,
-                                    num_key_value_heads=kv_heads)
-            print(f"{kind:17}{kv_heads:3} heads{kv_cache_bytes(config, tokens=1024):17,} bytes")
+    parts = {}
+    for name, p in MiniMind(MiniMindConfig()).named_parameters():
+        part = name.split('.')[3] if '.layers.' in name else name.split('.')[1]
+        parts[part] = parts.get(part, 0) + p.numel()
+    for part, count in [*parts.items(), ('total', sum(parts.values()))]:
+        print(f"{part:25}{count:12,}")
+    print("\nKV cache of one layer, 4096 wide, 32 heads, 1024 tokens, float32 (chapter II-5)")
+    for kind, kv_heads in (('multi-head', 32), ('grouped-query', 8), ('multi-query', 1)):
+        config = MiniMindConfig(hidden_size=4096, num_hidden_layers=1, num_attention_heads=32,
+                                num_key_value_heads=kv_heads)
+        print(f"{kind:17}{kv_heads:3} heads{kv_cache_bytes(config, tokens=1024):17,} bytes")

@@ -1,5 +1,6 @@
 """
-Pretrain a language model on text: predict each token from those before it (tutorial chapters I-5 and II-8).
+The training loop, told once for all stages, and pretraining: predict each token from those before it
+(tutorial chapters I-5 and II-8).
 
     loss = -1/N  sum over N targets of  log p(token | tokens before it)
 
@@ -12,25 +13,26 @@ N counts the targets of the whole step, over its micro-batches and ranks: how th
 
 What to expect: the loss starts near ln(vocabulary), falls fast while the frequencies of words are learned,
 then ever slower. Bits per byte compare models of different tokenizers. A held-out loss that rises while the
-training loss falls is overfitting, for which more text helps, a smaller model, or some dropout.
+training loss falls is overfitting: take more text, a smaller model, or some dropout.
+
+From configurator.py come settings, ranks and checkpoints, from prepare.py data, from sample.py models.
+Every later stage takes from here its loop, Training, and its optimizers.
 """
 import functools
 import math
-import os
+import signal
 import sys
 import time
-from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import (HERE, MetricsLog, StopSignal, clock, configure, data_parallel, fail, keep_settings,
-                          learning_rate_at, make_folder, restore_rng, save_checkpoint, start_run)
-from model_gpt2 import GPT2, GPT2Config
-from model_minimind import MiniMind, MiniMindConfig
-from prepare import data_folder, load_tokenizer, prepare_missing, read_meta, read_split
-from sample import generate, load_run, stop_ids
+from configurator import (MetricsLog, at_least, clock, configure, fail, make_folder, one_of, restore_rng,
+                          save_checkpoint, start_run)
+from prepare import data_folder, open_data
+from sample import MODELS, answers, evaluating, load_start
+from train_tokenizer import load_tokenizer
 
 # the run
 out_dir = 'out/pretrain'        # where checkpoint, tokenizer, metrics and picture go
@@ -82,88 +84,197 @@ device = 'auto'                 # 'auto' takes cuda, then mps, then cpu
 dtype = 'auto'                  # 'float32', 'bfloat16' or 'float16'; 'auto' is bfloat16 where that is fast
 compile = False                 # torch.compile: slow to start, faster on a GPU
 
-SHAPE = ('model', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'intermediate_size', 'qk_norm', 'qkv_bias',
-         'positions', 'tie_word_embeddings', 'use_moe', 'num_experts', 'num_experts_per_tok',
-         'n_shared_experts', 'moe_intermediate_size', 'norm_topk_prob', 'router_aux_loss_coef', 'seq_aux',
-         'optimizer', 'weight_decay')
+
+# ---- the loop ----
+
+class Training:
+    """What every stage does besides its lesson. A stage writes
+
+        for step in training:                               # resumes, stops, sets the learning rate
+            if training.due:
+                training.evaluated(line, val_loss=...)      # its held-out loss: logged, printed, saved
+            for x, y in training.micro_batches(rows, make_batch):       # this rank's share, on the device
+                training.backward(loss)                     # summed over the targets of the micro-batch
+            training.update(tokens=...)                     # sum over ranks, clip, step; now and then a line
+        training.close(...)
+
+    The gradient is that of the mean over all targets of the step, however rows are cut into micro-batches
+    and shared out over ranks. `position` counts the rows that are read; which rows a step reads is a function
+    of it and the seed. The step behind the last one only evaluates.
+    """
+
+    def __init__(self, run, config, model, optimizers, tokenizer, checkpoint=None, saved=None):
+        """checkpoint: of the run to resume. saved: a function, what a new one holds of the model."""
+        self.run, self.config, self.model, self.tokenizer = run, config, model, tokenizer
+        self.optimizers, self.saved = optimizers, saved or (lambda: dict(model=model.state_dict()))
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+        self.rows = config['batch_size'] * config['gradient_accumulation_steps']        # of a step
+        self.last, self.first, self.position, self.counted = config['max_iters'], 0, 0, 0
+        if config['init_from'] == 'resume':
+            self.first, self.position, self.counted = (checkpoint[k] for k in ('step', 'position', 'counted'))
+            for optimizer, state in zip(optimizers, checkpoint['optimizers']):
+                optimizer.load_state_dict(state)
+            if run.dtype == torch.float16 and checkpoint['scaler']:     # {} where the run had no float16
+                self.scaler.load_state_dict(checkpoint['scaler'])
+            restore_rng(run, checkpoint['rng'], self.first)
+        if run.world_size > 1:
+            for tensor in model.state_dict().values():      # every rank drew its own: take those of rank 0
+                dist.broadcast(tensor, 0)
+        if config['compile']:
+            model.compile()                                 # in place
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask_to_stop)
+        if run.rank == 0:
+            make_folder(config['out_dir'])
+            self.log = MetricsLog(config['out_dir'], self.first, config['wandb_log'], config)
+
+    def ask_to_stop(self, number, frame):
+        """Ctrl-C or SIGTERM: save and stop at the next step. A second Ctrl-C ends the run at once."""
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def say(self, line):
+        if self.run.rank == 0:
+            print(line, flush=True)
+
+    def announce(self, what, rows):
+        """Say what is about to happen. what: the data in words; rows: how many of them are an epoch."""
+        size, trained = (sum(p.numel() for p in some) for some in (self.model.parameters(), self.params))
+        part = f", {trained:,} of them trained ({trained / size:.2%})" if trained < size else ""
+        self.say(f"{size:,} parameters{part}; {what}: {self.last * self.rows / rows:.1f} epochs in "
+                 f"{self.last:,} steps on {self.run.world_size} x {self.run.device.type} in "
+                 f"{str(self.run.dtype)[6:]}")
+
+    def __iter__(self):
+        self.began, self.evaluation_seconds = time.time(), 0.0
+        self.mark = self.began, self.counted, self.first        # time, count and step of the last line
+        for step in range(self.first, self.last + 1):
+            self.step = step
+            self.stopping = self.run.sum(self.signal > 0)[0] > 0            # all ranks agree
+            if self.stopping:
+                if self.step > self.first:
+                    self.save()
+                break
+            self.due = self.step % self.config['eval_interval'] == 0 or self.step == self.last
+            self.lr = learning_rate_at(self.step, **{key: self.config[key] for key in (
+                'learning_rate', 'min_lr', 'warmup_iters', 'max_iters')})
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+                group['lr'] = self.lr * group['scale']
+            self.sums, self.step_began = {}, time.time()
+            yield self.step
+
+    def evaluated(self, line, **numbers):
+        """Log the numbers of an evaluation, print a line of them, and save."""
+        self.say(f"step {self.step:6,}  {line}")
+        if self.run.rank == 0:
+            self.log.write(step=self.step, **numbers)
+        if self.step > self.first:
+            self.save()
+        self.evaluation_seconds = time.time() - self.step_began
+        self.mark = self.mark[0] + self.evaluation_seconds, *self.mark[1:]      # it is no time of training
+
+    def micro_batches(self, rows, make_batch, weigh=lambda x, y, *_: (y != -100).sum().item()):
+        """Yield this rank's share of the step's rows, batch_size at a time, as tensors on the device.
+
+        make_batch  rows -> a tuple of tensors;  weigh  how many targets it has, over which its loss is a sum
+        """
+        if self.step == self.last:
+            return
+        mine, size = rows[self.run.rank::self.run.world_size], self.config['batch_size']
+        batches = [make_batch(mine[i:i + size]) for i in range(0, len(mine), size)]
+        self.total_weight = self.run.sum(sum(weigh(*batch) for batch in batches))[0] or 1
+        for batch in batches:
+            yield to_device(batch, self.run.device)
+
+    def backward(self, loss, /, **sums):
+        """Add the gradient of a loss that is summed over the targets of a micro-batch. sums: more such sums,
+        to log; a `loss` among them is logged in place of what is differentiated."""
+        for name, value in {'loss': loss, **sums}.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.scaler.scale(loss * (1 / self.total_weight)).backward()
+
+    def update(self, **count):
+        """Take the step. count: tokens=, pairs= or texts=, how many of them it had on all ranks."""
+        if self.step == self.last:
+            return
+        if self.run.world_size > 1:                         # once a step, over all micro-batches
+            for p in self.params:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            for work in [dist.all_reduce(p.grad, async_op=True) for p in self.params]:
+                work.wait()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.config['grad_clip'] or math.inf)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        (unit, number), = count.items()
+        self.position, self.counted = self.position + self.rows, self.counted + number
+        if self.step % self.config['log_interval'] == 0 or self.step == self.last - 1:
+            self.print_line(unit, norm.item())
+
+    def print_line(self, unit, norm):
+        """Log and print the means of the step's sums, the speed since the last line, and the time left."""
+        means = {name: np.reshape(self.run.sum(*value.flatten().tolist()), value.shape) / self.total_weight
+                 for name, value in self.sums.items()}
+        (began, counted, step), self.mark = self.mark, (time.time(), self.counted, self.step + 1)
+        seconds, steps, interval = self.mark[0] - began, self.mark[2] - step, self.config['eval_interval']
+        speed = (self.counted - counted) / seconds
+        evaluations = (self.last - 1) // interval - self.step // interval + 1
+        left = (self.last - self.mark[2]) * seconds / steps + evaluations * self.evaluation_seconds
+        if self.run.rank == 0:
+            self.log.write(step=self.step, **{name: value.tolist() for name, value in means.items()},
+                           lr=self.lr, grad_norm=norm, **{unit: self.counted, f'{unit}_per_second': speed})
+            shown = [f"{name.replace('_', ' ')} {value.min():.4f}"
+                     + f" to {value.max():.4f}" * (value.ndim > 0) for name, value in means.items()]
+            print(f"step {self.step:6,}/{self.last:,}  {'  '.join(shown)}  lr {self.lr:.2e}  "
+                  f"grad norm {norm:.2f}  {speed:,.0f} {unit}/s  {clock(left)} left", flush=True)
+
+    def save(self):
+        save_checkpoint(self.run, self.config['out_dir'], self.tokenizer, self.model.config, step=self.step,
+                        position=self.position, counted=self.counted, settings=self.config,
+                        optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+                        scaler=self.scaler.state_dict(), **self.saved())
+
+    @property
+    def finished(self):
+        """Whether this is rank 0 and the run came to its end: time for a report."""
+        return self.run.rank == 0 and not self.stopping
+
+    def close(self, goodbye):
+        """Draw, say where the result is, and end the process."""
+        if self.run.rank == 0:
+            self.log.draw()
+        if self.stopping:
+            saved = f"saved in {self.config['out_dir']}; go on with --init_from=resume"
+            self.say(f"stopped at step {self.step:,}; {saved if self.step else 'nothing to save yet'}")
+        else:
+            self.say(f"done in {clock(time.time() - self.began)}; {goodbye}")
+        if self.run.world_size > 1:
+            self.run.barrier()      # a rank that leaves while rank 0 still draws is aborted by gloo
+            dist.destroy_process_group()
+        sys.exit(128 + self.signal if self.stopping else 0)
 
 
-# ---- batches ----
-
-@functools.lru_cache(maxsize=2)
-def window_starts(n_tokens, block_size, seed, epoch, stride=0):
-    """Where each row of an epoch starts: windows that tile the text, shuffled, and shifted anew each epoch.
-    It is a function of its arguments alone, so there is no sampler state to lose. 8 bytes a window.
-
-    With a stride they are chapter I-1's: one every `stride` tokens, the same in each epoch, shuffled."""
-    windows = max(1, (n_tokens - 1) // block_size - 1)
-    rng = np.random.default_rng([seed, epoch])
-    if stride:
-        return rng.permutation(np.arange(0, max(1, n_tokens - block_size), stride))
-    shift = rng.integers(max(1, n_tokens - windows * block_size))
-    return shift + block_size * rng.permutation(windows)
-
-
-def step_starts(n_tokens, block_size, seed, step, rows, stride=0):
-    """Where the rows of a step start: rows [step * rows, (step + 1) * rows) of an endless run of epochs."""
-    windows = len(window_starts(n_tokens, block_size, seed, 0, stride))
-    return [window_starts(n_tokens, block_size, seed, i // windows, stride)[i % windows]
-            for i in range(step * rows, (step + 1) * rows)]
-
-
-def batch_at(split, starts, block_size):
-    """Rows of tokens and their targets, the token that follows each: two (B, T) int64 tensors.
-
-    Targets are -100, ignored, where the mask is 0 and beyond the end of the text."""
-    x = np.zeros((len(starts), block_size), dtype=np.int64)
-    y = np.full((len(starts), block_size), -100, dtype=np.int64)
-    for row, at in enumerate(starts):
-        tokens = split.tokens[at:at + block_size + 1].astype(np.int64)
-        n = len(tokens) - 1
-        x[row, :n] = tokens[:-1]
-        y[row, :n] = np.where(split.mask[at + 1:at + block_size + 1], tokens[1:], -100)
-    return torch.from_numpy(x), torch.from_numpy(y)
+def learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters):
+    """Linear warmup to learning_rate, then half a cosine down to min_lr at max_iters."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    progress = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
+    return min_lr + 0.5 * (learning_rate - min_lr) * (1 + math.cos(math.pi * progress))
 
 
 def to_device(batch, device):
+    """The tensors of a batch on the device; what is None stays None."""
     if device.type == 'cuda':
-        return [t.pin_memory().to(device, non_blocking=True) for t in batch]
-    return [t.to(device) for t in batch]
+        return [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in batch]
+    return [t if t is None else t.to(device) for t in batch]
 
 
-# ---- held-out loss and a sample ----
-
-@torch.no_grad()
-def held_out_loss(model, run, split, block_size, batch_size, eval_iters):
-    """Mean nats per token of a split, over at most eval_iters batches spread evenly; ranks share the work."""
-    starts = range(0, len(split.tokens) - 1, block_size)
-    starts = starts[::math.ceil(len(starts) / (eval_iters * batch_size))][run.rank::run.world_size]
-    model.eval()
-    total = count = 0
-    for i in range(0, len(starts), batch_size):
-        x, y = to_device(batch_at(split, starts[i:i + batch_size], block_size), run.device)
-        with run.autocast():
-            loss = model(x, y)[1]
-        n = (y != -100).sum()
-        total, count = total + loss.item() * n.item(), count + n.item()
-    model.train()
-    total, count = run.sum(total, count)
-    return total / max(1, count)
-
-
-def sample_text(model, tokenizer, prompt, device, max_new_tokens=60):
-    """A short text at temperature 0.7, the same random numbers each time, so that samples compare."""
-    model.eval()
-    ids = [tokenizer.eot, *tokenizer.encode(prompt)][-model.config.context // 2:]
-    generator = torch.Generator(device).manual_seed(0)
-    new = [token.item() for token in generate(model, torch.tensor([ids], device=device), max_new_tokens,
-                                              stop_ids(tokenizer), generator, vocab_size=tokenizer.vocab_size,
-                                              temperature=0.7, top_p=0.95)]
-    model.train()
-    return prompt + tokenizer.decode(new[:-1] if new[-1] in stop_ids(tokenizer) else new)
-
-
-# ---- the parts of a run ----
+# ---- the optimizers ----
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal matrix, so that
@@ -197,41 +308,19 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x.mT if tall else x, alpha=-group['lr'] * size)
 
 
-def new_model(config, vocab_size):
-    """The model of the settings, with random weights."""
-    if config['model'] == 'gpt2' and config['use_moe']:
-        fail("use_moe is for --model=minimind; GPT-2 has no experts")
-    try:
-        if config['model'] == 'gpt2':
-            return GPT2(GPT2Config(
-                vocab_size=vocab_size, n_positions=config['block_size'], n_embd=config['n_embd'],
-                n_layer=config['n_layer'], n_head=config['n_head'], dropout=config['dropout'],
-                initializer_range=config['init_std'], qkv_bias=config['qkv_bias'],
-                positions=config['positions'], tie_word_embeddings=config['tie_word_embeddings']))
-        own = {key: config[key] for key in MiniMindConfig.__dataclass_fields__ if key in config}
-        sizes = MiniMindConfig(**own, vocab_size=vocab_size, max_position_embeddings=config['block_size'],
-                               hidden_size=config['n_embd'], num_hidden_layers=config['n_layer'],
-                               num_attention_heads=config['n_head'], num_key_value_heads=config['n_kv_head'])
-        if sizes.use_moe and not config['moe_intermediate_size']:
-            visits = sizes.num_experts_per_tok + sizes.n_shared_experts     # together as wide as one dense
-            sizes.moe_intermediate_size = 8 * math.ceil(sizes.intermediate_size / visits / 8)
-        return MiniMind(sizes)
-    except ValueError as e:
-        experts = ', --num_experts, --num_experts_per_tok, --moe_intermediate_size' * config['use_moe']
-        fail(f"{e}; see --n_embd (hidden_size), --n_head, --n_kv_head{experts}")
-
-
 def make_optimizers(model, optimizer, learning_rate, weight_decay):
     """Muon is made for the matrices inside the blocks; embedding, head and norms take AdamW, the norms
-    without weight decay. With AdamW alone that has all.
+    without weight decay. With optimizer='adamw' that has all. Only what requires a gradient is trained.
 
     A mixture of experts has rates of its own. A token's k experts are averaged where the parts of a dense
     feed-forward are summed, so their last matrix moves k times as fast, or the first steps lag behind dense.
     And the router, of a few rows, takes AdamW at a tenth: it must not turn faster than experts can follow.
     """
-    visits = model.config.num_experts_per_tok if getattr(model.config, 'use_moe', False) else 1
+    visits = model.config.num_experts_per_tok if model.config.use_moe else 1
     groups = dict(adamw={}, muon={})                    # of each: (weight decay, scale) -> parameters
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         router = name.endswith('mlp.gate.weight')
         inside = '.layers.' in name or '.h.' in name
         kind = optimizer if inside and p.dim() >= 2 and not router else 'adamw'
@@ -240,188 +329,131 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay):
         groups[kind].setdefault((decay, scale), []).append(p)
     adamw, muon = ([dict(params=params, weight_decay=decay, scale=scale)
                     for (decay, scale), params in own.items()] for own in groups.values())
-    optimizers = [torch.optim.AdamW(adamw, lr=learning_rate, betas=(0.9, 0.95), fused=True)]
-    return optimizers + [Muon(muon, learning_rate, weight_decay)] if muon else optimizers
+    optimizers = [torch.optim.AdamW(adamw, lr=learning_rate, betas=(0.9, 0.95), fused=True)] if adamw else []
+    return optimizers + ([Muon(muon, learning_rate, weight_decay)] if muon else [])
 
 
-def draw_experts(log, out_dir):
-    """Draw each expert's share of the tokens, a panel a layer, into experts.png, if matplotlib is there."""
+# ---- batches of text ----
+
+@functools.lru_cache(maxsize=2)
+def window_starts(n_tokens, block_size, seed, epoch, stride=0):
+    """Where each row of an epoch starts: windows that tile the text, shuffled, and shifted anew each epoch.
+    It is a function of its arguments only. 8 bytes per window.
+
+    With a stride they are chapter I-1's: one every `stride` tokens, the same in each epoch, shuffled."""
+    windows = max(1, (n_tokens - 1) // block_size - 1)
+    rng = np.random.default_rng([seed, epoch])
+    if stride:
+        return rng.permutation(np.arange(0, max(1, n_tokens - block_size), stride))
+    shift = rng.integers(max(1, n_tokens - windows * block_size))
+    return shift + block_size * rng.permutation(windows)
+
+
+def read_starts(n_tokens, block_size, seed, position, rows, stride=0):
+    """Where the next `rows` rows start, when `position` of them are read: an endless run of epochs."""
+    windows = len(window_starts(n_tokens, block_size, seed, 0, stride))
+    return [window_starts(n_tokens, block_size, seed, i // windows, stride)[i % windows]
+            for i in range(position, position + rows)]
+
+
+def batch_at(split, starts, block_size):
+    """Rows of tokens and their targets, the token that follows each: two (B, T) int64 tensors.
+
+    Targets are -100, ignored, where the mask is 0 and beyond the end of the text."""
+    x = np.zeros((len(starts), block_size), dtype=np.int64)
+    y = np.full((len(starts), block_size), -100, dtype=np.int64)
+    for row, at in enumerate(starts):
+        tokens = split.tokens[at:at + block_size + 1].astype(np.int64)
+        n = len(tokens) - 1
+        x[row, :n] = tokens[:-1]
+        y[row, :n] = np.where(split.mask[at + 1:at + block_size + 1], tokens[1:], -100)
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+# ---- held-out loss and a sample ----
+
+def held_out_loss(model, run, split, block_size, batch_size, eval_iters):
+    """Mean nats per token of a split, over at most eval_iters batches spread evenly; ranks share the work."""
+    starts = range(0, len(split.tokens) - 1, block_size)
+    starts = starts[::math.ceil(len(starts) / (eval_iters * batch_size))]
+    return mean_loss(model, run, starts, lambda rows: (*batch_at(split, rows, block_size), None), batch_size)
+
+
+def mean_loss(model, run, rows, make_batch, batch_size):
+    """Mean nats per target over all rows, in evaluation mode; ranks share the work."""
+    mine, total, count = rows[run.rank::run.world_size], 0.0, 0
+    with evaluating(model):
+        for i in range(0, len(mine), batch_size):
+            x, y, segments = to_device(make_batch(mine[i:i + batch_size]), run.device)
+            with run.autocast():
+                loss = model(x, y, segments=segments)[1]
+            n = (y != -100).sum().item()
+            total, count = total + loss.item() * n, count + n
+    total, count = run.sum(total, count)
+    return total / max(1, count)
+
+
+# ---- the stage ----
+
+def new_model(config, vocab_size):
+    """The model of the settings, with random weights. Its sizes have the settings' names, or these."""
+    names = dict(n_positions='block_size', initializer_range='init_std', hidden_size='n_embd',
+                 num_hidden_layers='n_layer', num_attention_heads='n_head', num_key_value_heads='n_kv_head',
+                 max_position_embeddings='block_size')
+    if config['model'] == 'gpt2' and config.get('use_moe'):
+        fail("use_moe is for --model=minimind; GPT-2 has no experts")
+    model_class, config_class = MODELS[config['model']]
     try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        return
-    lines = [line for line in log.lines if 'expert_load' in line]
-    layers, experts = np.shape(lines[0]['expert_load'])
-    figure, panels = plt.subplots(1, layers, figsize=(2.5 * layers, 2.5), sharey=True, squeeze=False)
-    for layer, axes in enumerate(panels[0]):
-        axes.plot([line['step'] for line in lines], [line['expert_load'][layer] for line in lines])
-        axes.axhline(1 / experts, color='grey', linestyle=':')              # the fair share
-        axes.set(title=f"layer {layer}", xlabel='step', ylim=(0, None))
-    panels[0, 0].set(ylabel="share of each expert")
-    figure.savefig(os.path.join(out_dir, 'experts.png'), dpi=120, bbox_inches='tight')
-    plt.close(figure)
+        sizes = config_class(vocab_size=vocab_size, **{
+            field: config[names.get(field, field)] for field in config_class.__dataclass_fields__
+            if names.get(field, field) in config})
+        if sizes.use_moe and not config['moe_intermediate_size']:
+            visits = sizes.num_experts_per_tok + sizes.n_shared_experts     # together as wide as one dense
+            sizes.moe_intermediate_size = 8 * math.ceil(sizes.intermediate_size / visits / 8)
+        return model_class(sizes)
+    except ValueError as e:
+        fail(f"{e}; see --n_embd (hidden_size), --n_head, --n_kv_head and the settings of experts")
 
 
 if __name__ == '__main__':
-    config = configure(globals(), optimizer=('muon', 'adamw'), model=('minimind', 'gpt2'), stride=0,
-                       positions=('learned', 'sinusoidal'), init_std=0, intermediate_size=0,
-                       moe_intermediate_size=0, num_experts=1, num_experts_per_tok=1, n_shared_experts=0,
-                       router_aux_loss_coef=0)
-    stop = StopSignal()
+    config = configure(
+        globals(), model=one_of('minimind', 'gpt2'), positions=one_of('learned', 'sinusoidal'),
+        num_experts=at_least(1), num_experts_per_tok=at_least(1), **{key: at_least(0) for key in (
+            'stride', 'init_std', 'intermediate_size', 'moe_intermediate_size', 'n_shared_experts',
+            'router_aux_loss_coef')})
     run = start_run(device, dtype, seed)
-    master = run.rank == 0
-
-    # data
-    prepare_missing(run, dataset, tokenizer or os.path.join(HERE, 'out', 'tokenizer'))
-    meta = read_meta(dataset)
-    words = load_tokenizer(data_folder(dataset))
-    if tokenizer and load_tokenizer(tokenizer).fingerprint != words.fingerprint:
-        fail(f"{data_folder(dataset)} was tokenised otherwise than by {tokenizer}: run `python prepare.py "
-             f"--dataset={dataset} --tokenizer={tokenizer}`")
-    train, val = read_split(dataset, 'train'), read_split(dataset, 'val')
-    if not (train.mask.any() and val.mask.any()):
-        fail(f"{data_folder(dataset)} holds no target to learn: run prepare.py again")
+    checkpoint = None
+    if init_from != 'scratch':
+        model, tokenizer, checkpoint = load_start(run, config)
+    meta, train, val = open_data(run, dataset, 'pretrain', tokenizer)
+    if init_from == 'scratch':
+        tokenizer = load_tokenizer(data_folder(dataset))
+        model = new_model(config, tokenizer.vocab_size).to(run.device)
     # as much of the training text, for a loss to set beside the held-out one: dropout off in both
     seen = train._replace(tokens=train.tokens[:len(val.tokens)], mask=train.mask[:len(val.tokens)])
-    rows = batch_size * gradient_accumulation_steps         # of a step; the ranks share them out
-    if rows < run.world_size:
-        fail(f"batch_size x gradient_accumulation_steps = {rows} rows are fewer than {run.world_size} ranks")
-
-    # model
-    checkpoint, first_step = None, 0
-    if init_from == 'scratch':
-        model = new_model(config, words.vocab_size)
-    else:
-        model, its_words, checkpoint = load_run(out_dir if init_from == 'resume' else init_from)
-        if its_words.fingerprint != words.fingerprint:
-            fail(f"{init_from}: its tokenizer is not the one that made {data_folder(dataset)}")
-        if init_from == 'resume':
-            keep_settings(config, checkpoint, *SHAPE)
-        if block_size > model.config.context:
-            fail(f"--block_size={block_size} is more than the context of {init_from}, {model.config.context}")
-        weights = model.state_dict()
-        model = type(model)(replace(model.config, dropout=dropout))
-        model.load_state_dict(weights)
-    model.to(run.device)
-    moe = isinstance(model, MiniMind) and model.config.use_moe
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    if init_from == 'resume':
-        first_step = checkpoint['step']
-        for o, state in zip(optimizers, checkpoint['optimizers']):
-            o.load_state_dict(state)
-        scaler.load_state_dict(checkpoint['scaler'])
-        restore_rng(run, checkpoint['rng'], first_step)
-        if first_step >= max_iters:
-            fail(f"{out_dir} is at step {first_step} of max_iters={max_iters}: raise --max_iters to go on")
-    compiled = torch.compile(model) if compile else model
-    wrapped = compiled
-    if run.world_size > 1:
-        wrapped = data_parallel(compiled)
+    training = Training(run, config, model, optimizers, tokenizer, checkpoint)
+    training.announce(f"{len(train.tokens):,} training tokens", len(train.tokens) / block_size)
+    prompt_ids = [tokenizer.eot, *tokenizer.encode(prompt)][-model.config.context // 2:]
 
-    # say what is about to happen
-    log = None
-    if master:
-        make_folder(out_dir)
-        log = MetricsLog(out_dir, first_step, wandb_log, config)
-        size, tokens = sum(p.numel() for p in model.parameters()), rows * block_size
-        print(f"{size:,} parameters, {len(train.tokens):,} training tokens, {tokens:,} a step: "
-              f"{max_iters * tokens / len(train.tokens):.1f} epochs in {max_iters:,} steps "
-              f"on {run.world_size} x {run.device.type} in {str(run.dtype)[6:]}", flush=True)
-
-    # train
-    began = time.time()
-    seconds, since, eval_seconds = 0.0, 0, 0.0          # time and steps since the last line; of an evaluation
-    wrapped.train()
-    for step in range(first_step, max_iters + 1):
-        clock_start = time.time()
-        starts = step_starts(len(train.tokens), block_size, seed, step, rows, stride)
-        starts = starts[run.rank::run.world_size]
-        batches = [batch_at(train, starts[i:i + batch_size], block_size)
-                   for i in range(0, len(starts), batch_size)]
-        # all ranks agree on the number of targets, and on whether to stop
-        n_targets, stopping = run.sum(sum((y != -100).sum().item() for _, y in batches), stop.signal > 0)
-
-        due = step % eval_interval == 0 or step == max_iters
-        if step > first_step and (due or stopping):
-            save_checkpoint(run, out_dir, words, step=step, settings=config,
-                            model_type='gpt2' if isinstance(model, GPT2) else 'minimind',
-                            model_config=asdict(model.config),
-                            model=model.state_dict(), scaler=scaler.state_dict(),
-                            optimizers=[o.state_dict() for o in optimizers])
-        if stopping:
-            break
-        if due:
-            loss = held_out_loss(compiled, run, val, block_size, batch_size, eval_iters)
-            seen_loss = held_out_loss(compiled, run, seen, block_size, batch_size, eval_iters)
-            bits = loss / math.log(2) * meta['val']['tokens'] / meta['val']['bytes']
-            if master:
-                log.write(step=step, val_loss=loss, train_loss=seen_loss, val_bits_per_byte=bits)
-                text = sample_text(model, words, prompt, run.device)
-                print(f"step {step:6,}  held-out loss {loss:.4f}  training loss {seen_loss:.4f}  "
-                      f"{bits:.4f} bits/byte\n    | " + text.replace('\n', '\n    | '), flush=True)
-            eval_seconds, clock_start = time.time() - clock_start, time.time()
-        if step == max_iters:
-            break
-
-        lr = learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters)
-        for o in optimizers:
-            for group in o.param_groups:
-                group['lr'] = lr * group['scale']
-        total = torch.zeros((), device=run.device)
-        aux_total, load = torch.zeros_like(total), 0.0      # of the mixtures of experts
-        for i, batch in enumerate(batches):
-            x, y = to_device(batch, run.device)
-            if run.world_size > 1:
-                wrapped.require_backward_grad_sync = i == len(batches) - 1      # sum over ranks once
+    model.train()
+    for _ in training:
+        if training.due:
+            val_loss, seen_loss = (held_out_loss(model, run, split, block_size, batch_size, eval_iters)
+                                   for split in (val, seen))
+            bits = val_loss / math.log(2) * meta['val']['tokens'] / meta['val']['bytes']
+            text = answers(model, tokenizer, [prompt_ids], 60, temperature=0.7, top_p=0.95)[0][0]
+            text = (prompt + text).replace('\n', '\n    | ')
+            training.evaluated(f"held-out loss {val_loss:.4f}  training loss {seen_loss:.4f}  {bits:.4f} "
+                               f"bits/byte\n    | {text}", val_loss=val_loss, train_loss=seen_loss,
+                               val_bits_per_byte=bits)
+        starts = read_starts(len(train.tokens), block_size, seed, training.position, training.rows, stride)
+        for x, y in training.micro_batches(starts, lambda rows: batch_at(train, rows, block_size)):
             with run.autocast():
-                loss = wrapped(x, y)[1] * (y != -100).sum()                     # mean -> sum over the targets
-            total += loss.detach()
-            if moe:
-                aux_total += model.aux_loss * (y != -100).sum()
-                load = load + model.expert_load()
-            # DDP averages gradients over ranks; times world_size that is the sum which the loss asks for
-            scaler.scale(loss * (run.world_size / max(1, n_targets))).backward()
-        for o in optimizers:
-            scaler.unscale_(o)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        for o in optimizers:
-            scaler.step(o)
-            o.zero_grad(set_to_none=True)
-        scaler.update()
-
-        seconds, since = seconds + time.time() - clock_start, since + 1
-        if step % log_interval == 0 or step == max_iters - 1:
-            # the language loss, and the auxiliary loss apart from it
-            loss, aux = (n / max(1, n_targets) for n in run.sum((total - aux_total).item(), aux_total.item()))
-            experts, spread = {}, ''
-            if moe:
-                load = np.reshape(run.sum(*load.flatten().tolist()), load.shape)    # (layers, experts)
-                load /= load.sum(axis=1, keepdims=True)
-                experts = dict(aux=aux, expert_load=load.round(4).tolist())
-                spread = f"aux {aux:.4f}  experts get {load.min():.3f} to {load.max():.3f}  "
-            if master:
-                speed = since / max(seconds, 1e-9)
-                evals = (max_iters - 1) // eval_interval - step // eval_interval + 1
-                log.write(step=step, loss=loss, lr=lr, grad_norm=norm.item(),
-                          tokens=(step + 1) * rows * block_size, tokens_per_second=speed * rows * block_size,
-                          **experts)
-                print(f"step {step:6,}/{max_iters:,}  loss {loss:.4f}  lr {lr:.2e}  grad norm {norm:.2f}  "
-                      f"{spread}{speed * rows * block_size:,.0f} tokens/s  "
-                      f"{clock((max_iters - 1 - step) / speed + evals * eval_seconds)} left", flush=True)
-            seconds, since = 0.0, 0
-
-    if master:
-        log.draw()
-        if moe and any('expert_load' in line for line in log.lines):
-            draw_experts(log, out_dir)
-        if stopping:
-            saved = f"saved in {out_dir}; go on with --init_from=resume" if step else "nothing to save yet"
-            print(f"stopped at step {step:,}; {saved}")
-        else:
-            print(f"done in {clock(time.time() - began)}; the model is in {out_dir}: python sample.py "
-                  f"--out_dir={out_dir}")
-    if run.world_size > 1:
-        run.barrier()               # a rank that leaves while rank 0 still draws is aborted by gloo
-        dist.destroy_process_group()
-    sys.exit(128 + stop.signal if stopping else 0)
+                loss = model(x, y)[1]
+                aux = model.auxiliary_loss(y != -100)                       # of a mixture's routers; else 0
+            n = (y != -100).sum()                                           # a mean times n is a sum
+            experts = dict(aux=aux * n, expert_load=model.expert_load() * n) if model.config.use_moe else {}
+            training.backward((loss + aux) * n, loss=loss * n, **experts)
+        training.update(tokens=training.rows * block_size)
+    training.close(f"the model is in {out_dir}: python sample.py --out_dir={out_dir}")

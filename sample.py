@@ -6,6 +6,7 @@ Generate text from a trained model (tutorial chapter I-6).
     python sample.py --out_dir=out/verdict --start=FILE:prompts.txt --lines --stop="##|Mrs"
     echo "class Queue" | python sample.py --start=- --num_samples=3 --seed=7 --show_probs
     python sample.py --out_dir=out/sft --chat                       # a conversation (chapters I-8 and II-9)
+    python sample.py --out_dir=out/sft --export_dir=hf          # a run -> a folder that transformers loads
 
 A model gives each token a number, its logit; softmax turns them into the distribution of the next token.
 Decoding picks from it: the likeliest token each time (greedy, temperature=0), or one drawn at random, after
@@ -16,21 +17,27 @@ Decoding picks from it: the likeliest token each time (greedy, temperature=0), o
     min_p               only tokens min_p times as likely as the likeliest remain (Nguyen et al. 2024)
 """
 import difflib
+import importlib.util
 import json
 import os
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
-from configurator import configure, fail, load_checkpoint, start_run
+from configurator import (at_least, between, build_model, configure, draw, fail, fingerprint, load_checkpoint,
+                          one_of, start_run)
 from model_gpt2 import GPT2, OFFICIAL, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
-from prepare import encode_chat, load_tokenizer
+from train_tokenizer import encode_chat, load_tokenizer
 
 # the model
 out_dir = 'out/pretrain'    # folder of the run whose model speaks
 init_from = ''              # instead of out_dir: a Hugging Face folder, or 'gpt2', 'gpt2-medium', ...
+yarn_factor = 1.0           # minimind: read texts so many times longer than in training (chapter II-4)
+export_dir = ''             # write the model here as a Hugging Face folder, and stop
 # the text
 start = 'def '              # prompt, or FILE:path, or '-' for standard input
 lines = False               # take each line of start as a prompt of its own, all in one batch
@@ -57,6 +64,8 @@ device = 'auto'             # 'auto' takes cuda, then mps, then cpu
 dtype = 'auto'              # 'float32', 'bfloat16' or 'float16'; 'auto' is bfloat16 where that is fast
 
 GREEDY = 1e-5               # a temperature below is 0: float32 could not tell them apart
+MODELS = dict(gpt2=(GPT2, GPT2Config), minimind=(MiniMind, MiniMindConfig))
+HUGGING_FACE = dict(gpt2=GPT2, minimind=MiniMind, llama=MiniMind, qwen3=MiniMind, qwen3_moe=MiniMind)
 
 
 # ---- from logits to a token ----
@@ -209,54 +218,106 @@ class Stream:
         return self.show(len(self.text))
 
 
+def answers(model, tokenizer, prompts, max_new_tokens, batch_size=16, temperature=0.0, **how):
+    """Texts that continue prompts (id lists of any length): [(text, whether it ended by itself), ...].
+    Greedy, or with the same random numbers each time, so that texts compare."""
+    device, results, stop = next(model.parameters()).device, [], stop_ids(tokenizer)
+    generator = torch.Generator(device).manual_seed(0)
+    with evaluating(model):
+        for i in range(0, len(prompts), batch_size):
+            tokens, padding = left_pad(prompts[i:i + batch_size], device)
+            new = list(generate(model, tokens, max_new_tokens, stop, generator, padding,
+                                vocab_size=tokenizer.vocab_size, temperature=temperature, **how))
+            for row in torch.stack(new, dim=1).tolist() if new else [[]] * len(tokens):
+                ends = [j for j, token in enumerate(row) if token in stop]
+                results.append((tokenizer.decode(row[:ends[0]] if ends else row), bool(ends)))
+    return results
+
+
 # ---- the model and the prompt ----
 
-def load_run(source, device='cpu'):
-    """The model of a run's folder, a Hugging Face folder or an official name ('gpt2', ...), in evaluation
-    mode; its tokenizer; and the run's checkpoint, None where there is none."""
-    checkpoint = None
+def load_run(source, device='cpu', dropout=0.0, block_size=1):
+    """(model, tokenizer, checkpoint) of a run's folder; of a Hugging Face folder or an official name ('gpt2',
+    ...), which have no checkpoint. In evaluation mode; dropout is for when it is trained. One line if there
+    is no such model, or its context is shorter than block_size."""
+    checkpoint, path = None, os.path.join(source, 'config.json')
     try:
         if source in OFFICIAL:
             model, tokenizer = GPT2.from_pretrained(source), load_tokenizer('gpt2')
-        elif kind := hugging_face_type(source):
-            kinds = dict(gpt2=GPT2, minimind=MiniMind, llama=MiniMind, qwen3=MiniMind, qwen3_moe=MiniMind)
-            if kind not in kinds:
-                fail(f"{source}: a model of type {kind!r}; these can be read: {', '.join(kinds)}")
-            model, tokenizer = kinds[kind].from_pretrained(source), load_tokenizer(source)
+        elif os.path.isfile(path) and not os.path.isfile(os.path.join(source, 'ckpt.pt')):
+            with open(path, encoding='utf-8') as f:
+                kind = json.load(f)['model_type']
+            if kind not in HUGGING_FACE:
+                fail(f"{source}: a model of type {kind!r}; these can be read: {', '.join(HUGGING_FACE)}")
+            model, tokenizer = HUGGING_FACE[kind].from_pretrained(source), load_tokenizer(source)
         else:
             if not os.path.exists(source) and (near := difflib.get_close_matches(source, OFFICIAL, n=1)):
                 fail(f"{source} is neither a folder nor a model by name; did you mean {near[0]!r}?")
-            checkpoint = load_checkpoint(source)
-            tokenizer = load_tokenizer(source)
+            checkpoint, tokenizer = load_checkpoint(source), load_tokenizer(source)
             if tokenizer.fingerprint != checkpoint['tokenizer']:
                 fail(f"{source} holds another tokenizer than its model was trained with")
             if 'labels' in checkpoint:
                 fail(f"{source} is a classifier: `python finetune_cls.py --out_dir={source} --classify=TEXT`")
             if 'adapters' in checkpoint:
-                from lora import load_adapted, merge        # here, as lora.py itself imports load_run
-                model = merge(load_adapted(source, checkpoint)[0])
+                model = load_base(source, checkpoint)[0]
+                add_adapters(model, checkpoint)
             else:
-                gpt2 = checkpoint['model_type'] == 'gpt2'
-                model = (GPT2(GPT2Config(**checkpoint['model_config'])) if gpt2 else
-                         MiniMind(MiniMindConfig(**checkpoint['model_config'])))
-                model.load_state_dict(checkpoint['model'])
-    except (OSError, ValueError, ImportError) as e:     # what from_pretrained raises
+                model_class, config_class = MODELS[checkpoint['model_type']]
+                model = build_model(model_class, config_class(**checkpoint['model_config']),
+                                    checkpoint['model'], source)
+        config = replace(model.config, dropout=dropout)
+        model = build_model(type(model), config, model.state_dict(), source)        # the same weights
+    except (KeyError, TypeError, json.JSONDecodeError) as e:
+        fail(f"{source}: config.json or ckpt.pt does not describe a model ({type(e).__name__}: {e})")
+    except (OSError, ValueError, ImportError) as e:     # what from_pretrained and build_model raise
         fail(str(e))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        fail(f"{source}: its tokenizer has {tokenizer.vocab_size} ids, its model {model.config.vocab_size}")
-    return model.to(device).eval(), tokenizer, checkpoint
+    if tokenizer.vocab_size > config.vocab_size:
+        fail(f"{source}: its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
+    if block_size > config.context:
+        fail(f"--block_size={block_size} is more than the context of {source}, {config.context}")
+    return model.to(device), tokenizer, checkpoint
 
 
-def hugging_face_type(folder):
-    """The model_type in the config.json of a Hugging Face folder; '' for any other, a run's above all."""
-    path = os.path.join(folder, 'config.json')
-    if os.path.isfile(os.path.join(folder, 'ckpt.pt')) or not os.path.isfile(path):
-        return ''
+def load_base(folder, checkpoint):
+    """(model, its path): what the adapters in a run's folder were trained on. The path is kept relative to
+    the folder, so that both may move together."""
+    path = os.path.normpath(os.path.join(folder, checkpoint['base']))
+    path = path if os.path.isdir(path) else checkpoint['base']
+    model = load_run(path)[0]
+    if fingerprint(model.state_dict()) != checkpoint['base_fingerprint']:
+        fail(f"{folder} holds adapters for another base than {path}: its weights are not those they were "
+             f"trained on")
+    return model, path
+
+
+@torch.no_grad()
+def add_adapters(model, checkpoint):
+    """Add the adapters of a checkpoint to the weights: W + alpha/rank * B A (lora.py, chapter II-11)."""
+    scale, adapters = checkpoint['lora']['alpha'] / checkpoint['lora']['rank'], checkpoint['adapters']
+    for name in adapters:
+        layer, _, part = name.rpartition('.')
+        if part == 'lora_A':
+            model.get_submodule(layer).weight += scale * adapters[f'{layer}.lora_B'] @ adapters[name]
+
+
+def load_start(run, config):
+    """What load_run finds in init_from, where a stage starts, or to resume in out_dir."""
+    source = config['out_dir'] if config['init_from'] == 'resume' else config['init_from']
+    return load_run(source, run.device, config.get('dropout', 0.0), config['block_size'])
+
+
+@contextmanager
+def evaluating(model):
+    """The model in evaluation mode, without gradients. And without torch.compile: texts of all lengths would
+    compile it again and again."""
+    training, compiled, model._compiled_call_impl = model.training, model._compiled_call_impl, None
+    model.eval()
     try:
-        with open(path, encoding='utf-8') as f:
-            return str(json.load(f)['model_type'])
-    except (ValueError, KeyError, TypeError) as e:
-        fail(f"{path} does not describe a model ({type(e).__name__}: {e})")
+        with torch.no_grad():
+            yield
+    finally:
+        model._compiled_call_impl = compiled
+        model.train(training)
 
 
 def read_prompt(start):
@@ -347,30 +408,47 @@ def print_candidates(tokenizer, logits, seen, new, **how):
 
 def plot_distribution(path, logits, tokenizer, temperatures=(1, 0.1, 5), n=9):
     """Draw the n likeliest next tokens of logits (1, V) with their probability at each temperature."""
-    try:
-        import matplotlib
-    except ImportError:
-        fail("--plot needs a package: pip install matplotlib")
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
     top = logits[0].topk(min(n, logits.size(-1))).indices
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for i, t in enumerate(temperatures):
-        bars = torch.arange(len(top)) + 0.25 * (i - 1)
-        axes.bar(bars, distribution(logits, t)[0, top].cpu(), width=0.25, label=f"temperature {t}")
-    axes.set_xticks(range(len(top)), [repr(tokenizer.decode([j])) for j in top.tolist()], rotation=60)
-    axes.set_ylabel('probability')
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches='tight')
-    plt.close(figure)
+    for axes in draw(path):
+        for i, t in enumerate(temperatures):
+            bars = torch.arange(len(top)) + 0.25 * (i - 1)
+            axes.bar(bars, distribution(logits, t)[0, top].cpu(), width=0.25, label=f"temperature {t}")
+        axes.set_xticks(range(len(top)), [repr(tokenizer.decode([j])) for j in top.tolist()], rotation=60)
+        axes.set_ylabel('probability')
+        axes.legend()
+
+
+def export(model, tokenizer, folder):
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer of transformers load."""
+    ends = sorted(stop_ids(tokenizer))
+    try:
+        model.save_pretrained(folder, bos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot,
+                              eos_token_id=ends if len(ends) > 1 else ends[0])
+        tokenizer.save(folder)
+    except ValueError as e:                             # no model of transformers computes the same
+        fail(str(e))
+    except OSError as e:
+        fail(f"cannot write {folder}: {e.strerror}")
 
 
 if __name__ == '__main__':
-    configure(globals(), num_samples=1, max_new_tokens=1, temperature=0, top_k=0, top_p=[0, 1], min_p=[0, 1],
-              repetition_penalty=[0.1, 10], on_full=('stop', 'slide'))
+    configure(globals(), num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0),
+              top_p=between(0, 1), min_p=between(0, 1), repetition_penalty=between(0.1, 10),
+              on_full=one_of('stop', 'slide'), yarn_factor=at_least(1))
     run = start_run(device, dtype, seed)
     source = init_from or out_dir
     model, tokenizer, _ = load_run(source, run.device)
+    if yarn_factor > 1:
+        if model.config.model_type != 'minimind':
+            fail("--yarn_factor slows down RoPE, which GPT-2 does not have")
+        try:
+            model.extend_context(yarn_factor)
+        except ValueError as e:
+            fail(f"--yarn_factor: {source}: {e}")
+    if export_dir:
+        export(model, tokenizer, export_dir)
+        print(f"wrote {export_dir}, which AutoModelForCausalLM.from_pretrained of transformers loads")
+        sys.exit()
     model.to(run.dtype)
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                repetition_penalty=repetition_penalty)
@@ -392,11 +470,12 @@ if __name__ == '__main__':
         fail(f"the prompt has {longest:,} tokens, but the context of {source} is {context:,}: shorten it, or "
              f"let --on_full=slide cut it")
     tokens, padding = left_pad(prompts, run.device)
+    if plot and not importlib.util.find_spec('matplotlib'):
+        fail("--plot needs a package: pip install matplotlib")
     if plot:
         with torch.no_grad():
             logits = model(tokens[:1, padding[0]:][:, -context:])[0][:, -1, :tokenizer.vocab_size]
         plot_distribution('next_token.png', logits, tokenizer)
-        print("drew next_token.png", file=sys.stderr)
 
     watch = (lambda *step: print_candidates(tokenizer, *step, **how)) if show_probs else None
     live = len(prompts) == 1 and not show_probs         # one text can be shown while it grows

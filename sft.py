@@ -16,25 +16,23 @@ Conversations are short and of every length, so a row for each is mostly padding
     packed     several conversations share a row; attention stays inside each, and positions start anew
     bucketed   a row for each, in batches of like length, padded to the longest of the batch
     padded     a row for each, padded to block_size
-The loss is the same, token by token; what differs is how much of the work goes into padding. (Experts alone
+The loss is the same, token by token; what differs is how much of the work goes into padding. (Only experts
 are balanced over a row, whatever it holds.)
+
+The loop comes from pretrain.py. lora.py and distill.py take their rows and their report from here.
 """
 import json
 import math
 import os
 import sys
-import time
-from dataclasses import asdict, replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from configurator import (MetricsLog, StopSignal, clock, configure, data_parallel, fail, keep_settings,
-                          learning_rate_at, make_folder, restore_rng, save_checkpoint, start_run)
-from model_gpt2 import GPT2
-from prepare import data_folder, prepare_missing, print_mask, read_meta, read_split
-from sample import generate, left_pad, load_run, stop_ids
+from configurator import configure, fail, start_run
+from prepare import data_folder, open_data, print_mask
+from pretrain import Training, make_optimizers, mean_loss
+from sample import answers, load_start
 
 # the run
 out_dir = 'out/sft'             # where checkpoint, tokenizer, metrics, picture and report go
@@ -57,7 +55,8 @@ debug_mask = False              # print the first conversation, token by token w
 # the model: it keeps its shape
 dropout = 0.0                   # share of activations dropped while training
 # the optimizer
-learning_rate = 1e-3            # highest, of AdamW
+optimizer = 'adamw'             # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
+learning_rate = 1e-3            # highest
 min_lr = 1e-4                   # at the end of the cosine
 warmup_iters = 10               # steps of linear warmup
 weight_decay = 0.1              # on matrices only
@@ -105,13 +104,13 @@ def pack(lengths, block_size, open_rows=64):
 
 
 class Rows:
-    """The rows of a split, each a list of conversations, in an order that is a function of (seed, step):
-    there is no sampler state to lose."""
+    """The rows of a split, each a list of conversations, in an order that is a function of the seed."""
 
     def __init__(self, split, docs, block_size, layout, seed=0, per_step=1):
+        """per_step: the rows of a step, which in buckets are of like length"""
         self.split, self.block_size, self.layout = split, block_size, layout
         self.seed, self.per_step, self.epoch = seed, per_step, None
-        docs = np.random.default_rng(seed).permutation(docs)            # so that strangers share a row
+        docs = np.random.default_rng(seed).permutation(docs)            # neighbours in the file share no row
         self.lengths = np.minimum(np.diff(split.offsets) - 1, block_size)       # inputs of each conversation
         if layout == 'packed':
             self.rows = [docs[row] for row in pack(self.lengths[docs], block_size)]
@@ -131,11 +130,14 @@ class Rows:
                 self.permutation = np.concatenate([steps.flatten(), like[whole:]])
         return self.permutation
 
-    def of_step(self, step):
-        """The rows of a step: the next per_step of an endless run of epochs."""
-        n = len(self.rows)
-        return [self.rows[self.order(i // n)[i % n]]
-                for i in range(step * self.per_step, (step + 1) * self.per_step)]
+    def read(self, position, n):
+        """The next n rows of an endless run of epochs, when `position` rows are read."""
+        return [self.rows[self.order(i // len(self.rows))[i % len(self.rows)]]
+                for i in range(position, position + n)]
+
+    def tokens(self, rows):
+        """How many inputs some rows have, padding not counted."""
+        return sum(self.lengths[row].sum().item() for row in rows)
 
     def batch(self, rows):
         """Tokens, targets and segments of some rows, (B, T) int64 each; unshared rows have no segments.
@@ -162,28 +164,32 @@ class Rows:
         return torch.from_numpy(x), torch.from_numpy(y), segments
 
 
-def to_device(batch, device):
-    return [t if t is None else t.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else
-            t.to(device) for t in batch]
+def open_rows(run, config, train, val):
+    """(the Rows to train on; those of held-out loss; the numbers of the held-out conversations; the rows in
+    words). Says what block_size cuts, and refuses data of which it leaves no answer."""
+    block_size, layout = config['block_size'], config['layout']
+    docs, n_cut, n_lost = learnable(train, block_size)
+    val_docs = learnable(val, block_size)[0]
+    if not len(docs) or not len(val_docs):
+        fail(f"{data_folder(config['dataset'])}: no answer is left within --block_size={block_size} tokens; "
+             f"raise it")
+    per_step = config['batch_size'] * config['gradient_accumulation_steps']
+    rows = Rows(train, docs, block_size, layout, config['seed'], per_step)
+    if n_cut and run.rank == 0:
+        left_out = len(train.offsets) - 1 - len(docs)
+        print(f"{n_cut:,} conversations are cut to block_size={block_size}: {n_lost:,} answers are lost "
+              f"whole, {left_out:,} conversations left out, as nothing of an answer remains")
+    fill = rows.tokens([docs]) / len(rows.rows) / block_size
+    what = (f"{len(docs):,} conversations in {len(rows.rows):,} rows {layout} ({fill:.0%} of block_size in "
+            f"use)")
+    return rows, Rows(val, val_docs, block_size, layout), val_docs, what
 
 
 # ---- held-out loss and report ----
 
-@torch.no_grad()
 def held_out_loss(model, run, rows, batch_size, eval_iters):
     """Mean nats per held-out answer token, over at most eval_iters batches; ranks share the work."""
-    mine = rows.rows[:eval_iters * batch_size][run.rank::run.world_size]
-    model.eval()
-    total = count = 0
-    for i in range(0, len(mine), batch_size):
-        x, y, segments = to_device(rows.batch(mine[i:i + batch_size]), run.device)
-        with run.autocast():
-            loss = model(x, y, segments=segments)[1]
-        n = (y != -100).sum()
-        total, count = total + loss.item() * n.item(), count + n.item()
-    model.train()
-    total, count = run.sum(total, count)
-    return total / count
+    return mean_loss(model, run, rows.rows[:eval_iters * batch_size], rows.batch, batch_size)
 
 
 def last_answers(split, docs):
@@ -199,20 +205,9 @@ def last_answers(split, docs):
     return pairs
 
 
-@torch.no_grad()
-def answers(model, tokenizer, prompts, max_new_tokens, batch_size=16):
-    """Greedy answers to prompts (id lists of any length): [(text, whether it ended by itself), ...]"""
-    device, training, results = next(model.parameters()).device, model.training, []
-    model.eval()
-    for i in range(0, len(prompts), batch_size):
-        tokens, padding = left_pad(prompts[i:i + batch_size], device)
-        new = list(generate(model, tokens, max_new_tokens, stop_ids(tokenizer), padding=padding,
-                            temperature=0, vocab_size=tokenizer.vocab_size))
-        for row in torch.stack(new, dim=1).tolist() if new else [[]] * len(tokens):
-            ends = [j for j, token in enumerate(row) if token in stop_ids(tokenizer)]
-            results.append((tokenizer.decode(row[:ends[0]] if ends else row), bool(ends)))
-    model.train(training)
-    return results
+def spread(docs, size):
+    """At most `size` of the documents, evenly spread."""
+    return docs[::math.ceil(len(docs) / size)]
 
 
 def exact_match(expected, answer):
@@ -226,10 +221,11 @@ def exact_match(expected, answer):
     return expected.casefold().split() == answer.casefold().split()
 
 
-def write_report(path, model, tokenizer, split, docs, max_new_tokens):
-    """Answer held-out conversations; write prompt, expected and generated answer to a .json file, print some
-    of them, and return a line that sums it up."""
-    pairs = [(prompt, expected) for prompt, expected in last_answers(split, docs)
+def write_report(out_dir, model, tokenizer, split, docs, size, max_new_tokens):
+    """Answer `size` held-out conversations; write prompt, expected and generated answer to report.json, print
+    some of them, and return a line that sums it up."""
+    path = os.path.join(out_dir, 'report.json')
+    pairs = [(prompt, expected) for prompt, expected in last_answers(split, spread(docs, size))
              if len(prompt) + max_new_tokens <= model.config.context]
     given = answers(model, tokenizer, [prompt for prompt, _ in pairs], max_new_tokens)
     report = []
@@ -251,156 +247,34 @@ def write_report(path, model, tokenizer, split, docs, max_new_tokens):
 
 
 if __name__ == '__main__':
-    config = configure(globals(), layout=('packed', 'bucketed', 'padded'), report_size=0, max_new_tokens=1)
-    stop = StopSignal()
+    config = configure(globals())
     run = start_run(device, dtype, seed)
-    master = run.rank == 0
-
-    # model
-    source = out_dir if init_from == 'resume' else init_from
-    model, words, checkpoint = load_run(source)
-    if block_size > model.config.context:
-        fail(f"--block_size={block_size} is more than the context of {source}, {model.config.context}")
-    weights = model.state_dict()
-    model = type(model)(replace(model.config, dropout=dropout))
-    model.load_state_dict(weights)
-    model.to(run.device)
-
-    # data
-    prepare_missing(run, dataset, source if os.path.isdir(source) else 'gpt2')
-    meta = read_meta(dataset, 'sft')
-    if meta['tokenizer'] != words.fingerprint:
-        fail(f"{data_folder(dataset)} was tokenised otherwise than {source}: run `python prepare.py "
-             f"--dataset={dataset} --tokenizer={source if os.path.isdir(source) else 'gpt2'}`"
-             + (f" with --input={meta['source']}" if os.path.exists(meta['source']) else ""))
-    train, val = read_split(dataset, 'train'), read_split(dataset, 'val')
+    model, tokenizer, checkpoint = load_start(run, config)
+    meta, train, val = open_data(run, dataset, 'sft', tokenizer)
     if debug_mask:
-        print_mask(words, train.tokens[:train.offsets[1]], train.mask[:train.offsets[1]])
+        print_mask(tokenizer, train.tokens[:train.offsets[1]], train.mask[:train.offsets[1]])
         sys.exit()
-    per_step = batch_size * gradient_accumulation_steps         # rows of a step; the ranks share them out
-    if per_step < run.world_size:
-        fail(f"batch_size x gradient_accumulation_steps = {per_step} rows, but {run.world_size} ranks")
-    docs, n_cut, n_lost = learnable(train, block_size)
-    val_docs = learnable(val, block_size)[0]
-    if not len(docs) or not len(val_docs):
-        fail(f"{data_folder(dataset)}: no answer is left within --block_size={block_size} tokens; raise it")
-    rows = Rows(train, docs, block_size, layout, seed, per_step)
-    val_rows = Rows(val, val_docs, block_size, layout)
+    rows, val_rows, val_docs, what = open_rows(run, config, train, val)
+    optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
+    training = Training(run, config, model, optimizers, tokenizer, checkpoint)
+    training.announce(what, len(rows.rows))
+    prompt, _ = last_answers(val, val_docs[:1])[0]
 
-    # optimizer
-    named = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([dict(params=[p for p in named if p.dim() >= 2], weight_decay=weight_decay),
-                                   dict(params=[p for p in named if p.dim() < 2], weight_decay=0.0)],
-                                  lr=learning_rate, betas=(0.9, 0.95), fused=True)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    first_step = 0
-    if init_from == 'resume':
-        keep_settings(config, checkpoint, 'weight_decay')
-        first_step = checkpoint['step']
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        scaler.load_state_dict(checkpoint['scaler'])
-        restore_rng(run, checkpoint['rng'], first_step)
-        if first_step >= max_iters:
-            fail(f"{out_dir} is at step {first_step} of max_iters={max_iters}: raise --max_iters to go on")
-    compiled = torch.compile(model) if compile else model
-    wrapped = compiled
-    if run.world_size > 1:
-        wrapped = data_parallel(compiled)
-
-    # say what is about to happen
-    log = None
-    if master:
-        make_folder(out_dir)
-        log = MetricsLog(out_dir, first_step, wandb_log, config)
-        fill = rows.lengths[docs].sum() / len(rows.rows) / block_size
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(docs):,} conversations in "
-              f"{len(rows.rows):,} rows {layout} ({100 * fill:.0f}% of block_size in use): "
-              f"{max_iters * per_step / len(rows.rows):.1f} epochs in {max_iters:,} steps "
-              f"on {run.world_size} x {run.device.type} in {str(run.dtype)[6:]}", flush=True)
-        if n_cut:
-            left_out = meta['train']['documents'] - len(docs)
-            print(f"{n_cut:,} conversations are cut to block_size={block_size}: {n_lost:,} answers are lost "
-                  f"whole, {left_out:,} conversations left out, as nothing of an answer remains")
-
-    # train
-    began = time.time()
-    seconds, since, useful, eval_seconds = 0.0, 0, 0, 0.0       # since the last line; of an evaluation
-    wrapped.train()
-    for step in range(first_step, max_iters + 1):
-        clock_start = time.time()
-        mine = rows.of_step(step)
-        useful += sum(rows.lengths[row].sum().item() for row in mine)
-        mine = mine[run.rank::run.world_size]
-        batches = [rows.batch(mine[i:i + batch_size]) for i in range(0, len(mine), batch_size)]
-        # all ranks agree on the number of targets, and on whether to stop
-        n_targets, stopping = run.sum(sum((y != -100).sum().item() for _, y, _ in batches), stop.signal > 0)
-
-        due = step % eval_interval == 0 or step == max_iters
-        if step > first_step and (due or stopping):
-            save_checkpoint(run, out_dir, words, step=step, settings=config,
-                            model_type='gpt2' if isinstance(model, GPT2) else 'minimind',
-                            model_config=asdict(model.config), model=model.state_dict(),
-                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        if stopping:
-            break
-        if due:
-            loss = held_out_loss(compiled, run, val_rows, batch_size, eval_iters)
-            if master:
-                log.write(step=step, val_loss=loss)
-                prompt, expected = last_answers(val, val_docs[:1])[0]
-                text = answers(model, words, [prompt[-(model.config.context // 2):]], max_new_tokens)[0][0]
-                print(f"step {step:6,}  held-out loss {loss:.4f}\n    | "
-                      + (words.decode(prompt) + text).replace('\n', '\n    | '), flush=True)
-            eval_seconds, clock_start = time.time() - clock_start, time.time()
-        if step == max_iters:
-            break
-
-        lr = learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        total = torch.zeros((), device=run.device)
-        for i, batch in enumerate(batches):
-            x, y, segments = to_device(batch, run.device)
-            if run.world_size > 1:
-                wrapped.require_backward_grad_sync = i == len(batches) - 1      # sum over ranks once
+    model.train()
+    for _ in training:
+        if training.due:
+            loss = held_out_loss(model, run, val_rows, batch_size, eval_iters)
+            text = answers(model, tokenizer, [prompt[-(model.config.context // 2):]], max_new_tokens)[0][0]
+            text = (tokenizer.decode(prompt) + text).replace('\n', '\n    | ')
+            training.evaluated(f"held-out loss {loss:.4f}\n    | {text}", val_loss=loss)
+        step_rows = rows.read(training.position, training.rows)
+        for x, y, segments in training.micro_batches(step_rows, rows.batch):
             with run.autocast():
-                loss = wrapped(x, y, segments=segments)[1] * (y != -100).sum()  # mean -> sum over the targets
-            # to log: without what a mixture of experts adds to it, as the held-out loss is
-            total += loss.detach() - getattr(model, 'aux_loss', 0.0) * (y != -100).sum()
-            # DDP averages gradients over ranks; times world_size that is the sum which the loss asks for
-            scaler.scale(loss * (run.world_size / max(1, n_targets))).backward()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.update()
-
-        seconds, since = seconds + time.time() - clock_start, since + 1
-        if step % log_interval == 0 or step == max_iters - 1:
-            loss = run.sum(total.item())[0] / max(1, n_targets)
-            if master:
-                left = (max_iters - 1 - step) * seconds / since
-                evals = (max_iters - 1) // eval_interval - step // eval_interval + 1
-                log.write(step=step, loss=loss, lr=lr, grad_norm=norm.item(),
-                          tokens_per_second=useful / seconds)
-                print(f"step {step:6,}/{max_iters:,}  loss {loss:.4f}  lr {lr:.2e}  grad norm {norm:.2f}  "
-                      f"{useful / seconds:,.0f} tokens/s less padding  "
-                      f"{clock(left + evals * eval_seconds)} left", flush=True)
-            seconds, since, useful = 0.0, 0, 0
-
-    if master:
-        log.draw()
-        if stopping:
-            saved = f"saved in {out_dir}; go on with --init_from=resume" if step else "nothing to save yet"
-            print(f"stopped at step {step:,}; {saved}")
-        else:
-            if report_size:
-                some = val_docs[::math.ceil(len(val_docs) / report_size)]
-                path = os.path.join(out_dir, 'report.json')
-                print(write_report(path, model, words, val, some, max_new_tokens))
-            print(f"done in {clock(time.time() - began)}; the model is in {out_dir}: python sample.py "
-                  f"--out_dir={out_dir} --chat")
-    run.barrier()
-    if run.world_size > 1:
-        dist.destroy_process_group()
-    sys.exit(128 + stop.signal if stopping else 0)
+                loss = model(x, y, segments=segments)[1]
+                aux = model.auxiliary_loss(y != -100)
+            n = (y != -100).sum()                                           # a mean times n is a sum
+            training.backward((loss + aux) * n, loss=loss * n)
+        training.update(tokens=rows.tokens(step_rows))
+    if training.finished and report_size:
+        print(write_report(out_dir, model, tokenizer, val, val_docs, report_size, max_new_tokens))
+    training.close(f"the model is in {out_dir}: python sample.py --out_dir={out_dir} --chat")

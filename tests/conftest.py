@@ -1,13 +1,13 @@
 """What the tests share: a way to run a script as a user does, and small things to run it on.
 
 Nothing here needs a network or anything outside the repository. The scripts run in processes of their own,
-from an empty folder, with all they write below pytest's temporary folder.
+from an empty folder, with all they write below pytest's temporary folder, but for built-in sets in data/raw/.
 """
+import importlib.util
 import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,7 @@ sys.path.insert(0, str(ROOT))
 from configurator import Run, save_checkpoint  # noqa: E402  (the line above makes it importable)
 from model_gpt2 import GPT2, GPT2Config  # noqa: E402
 from model_minimind import MiniMind, MiniMindConfig  # noqa: E402
-from prepare import Tokenizer, byte_level_bpe  # noqa: E402
-from train_tokenizer import train_bpe  # noqa: E402
+from train_tokenizer import Tokenizer, byte_level_bpe, load_tokenizer, train_bpe  # noqa: E402
 
 # the models of the tests are so small that a second thread would only wait
 ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -56,6 +55,14 @@ def script(tmp_path):
     return run
 
 
+def data_script(name):
+    """The module data/NAME.py, by its path: the standard library has a module pydoc, too."""
+    spec = importlib.util.spec_from_file_location(f'data_{name}', ROOT / 'data' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope='session')
 def tokenizer():
     """A byte-level BPE tokenizer of 350 tokens with the three special ones, trained on TEXT."""
@@ -82,18 +89,18 @@ def tiny_run(tmp_path, tokenizer, byte_tokenizer):
     starts from. GPT-2 has the byte tokenizer, so conversations take the Alpaca layout."""
     def make(kind):
         folder = tmp_path / f'tiny_{kind}'
-        words = byte_tokenizer if kind == 'gpt2' else tokenizer
+        its_tokenizer = byte_tokenizer if kind == 'gpt2' else tokenizer
         torch.manual_seed(0)
         if kind == 'gpt2':
             model = GPT2(GPT2Config(
-                vocab_size=words.vocab_size, n_positions=256, n_embd=64, n_layer=2, n_head=4))
+                vocab_size=its_tokenizer.vocab_size, n_positions=256, n_embd=64, n_layer=2, n_head=4))
         else:
             model = MiniMind(MiniMindConfig(
-                vocab_size=words.vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=256))
+                vocab_size=its_tokenizer.vocab_size, hidden_size=64, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256))
         folder.mkdir(exist_ok=True)
-        save_checkpoint(Run(torch.device('cpu'), torch.float32, 0, 1), folder, words, step=0, settings={},
-                        model_type=kind, model_config=asdict(model.config), model=model.state_dict())
+        save_checkpoint(Run(torch.device('cpu'), torch.float32, 0, 1), folder, its_tokenizer, model.config,
+                        step=0, settings={}, model=model.state_dict())
         return folder
     return make
 
@@ -120,7 +127,6 @@ def shared():
 @pytest.fixture(scope='session')
 def gpt2(shared):
     """GPT-2's own tokenizer, where tiktoken has it on disk."""
-    from prepare import load_tokenizer
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(shared('tiktoken')))
     return load_tokenizer('gpt2')
 

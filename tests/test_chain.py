@@ -32,6 +32,6 @@ def test_the_road_from_nothing_to_every_stage(script, tmp_path):
         script('sample.py', f'--out_dir={folder}', '--chat', '--max_new_tokens=3', input='What is a list?\n')
         lines = [json.loads(line) for line in (tmp_path / folder / 'metrics.jsonl').read_text().splitlines()]
         assert {line['step'] for line in lines} == {0, 1, 2}
-    script('model_minimind.py', '--out_dir=dpo', '--export_dir=hf')
+    script('sample.py', '--out_dir=dpo', '--export_dir=hf')
     ours = script('sample.py', '--out_dir=dpo', '--temperature=0', '--max_new_tokens=5').stdout
     assert script('sample.py', '--init_from=hf', '--temperature=0', '--max_new_tokens=5').stdout == ours

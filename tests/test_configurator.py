@@ -8,11 +8,12 @@ import torch
 from conftest import ROOT
 
 import configurator
-from configurator import (MetricsLog, clock, in_full, learning_rate_at, load_checkpoint, save_checkpoint,
-                          start_run)
+from configurator import MetricsLog, clock, in_full, load_checkpoint, save_checkpoint, start_run
+from model_minimind import MiniMindConfig
+from pretrain import learning_rate_at
 
 STAGE = '''"""A stage for the test."""
-from configurator import configure
+from configurator import at_least, between, configure, one_of
 
 out_dir = 'out/stage'   # where it goes
 steps = 10              # how many
@@ -22,7 +23,7 @@ name = 'plain'          # 'plain' or 'fancy'
 start = ''              # any text
 
 if __name__ == '__main__':
-    config = configure(globals(), steps=1, rate=[0, 1], name=('plain', 'fancy'))
+    config = configure(globals(), steps=at_least(1), rate=between(0, 1), name=one_of('plain', 'fancy'))
     assert config == {k: globals()[k] for k in ('out_dir', 'steps', 'rate', 'fast', 'name', 'start')}
 '''
 
@@ -140,20 +141,20 @@ def test_a_gpu_has_an_index(monkeypatch, device, environment, expected):
 
 def test_checkpoint_is_whole_or_the_old_one(tmp_path, tokenizer, monkeypatch):
     run = start_run('cpu', 'float32', seed=1)
-    save_checkpoint(run, tmp_path, tokenizer, step=1, model_config={}, weight=torch.ones(3))
+    save_checkpoint(run, tmp_path, tokenizer, MiniMindConfig(), step=1, settings={}, weight=torch.ones(3))
     def crash(state, f):
         f.write(b'half of a checkpo')
         raise OSError('disk full')
     monkeypatch.setattr(configurator.torch, 'save', crash)
     with pytest.raises(OSError):
-        save_checkpoint(run, tmp_path, tokenizer, step=2, model_config={})
+        save_checkpoint(run, tmp_path, tokenizer, MiniMindConfig(), step=2)
     state = load_checkpoint(tmp_path)
     assert state['step'] == 1 and torch.equal(state['weight'], torch.ones(3))
 
 
 def test_checkpoint_brings_the_random_numbers_back(tmp_path, tokenizer):
     run = start_run('cpu', 'float32', seed=1)
-    save_checkpoint(run, tmp_path, tokenizer, model_config={})
+    save_checkpoint(run, tmp_path, tokenizer, MiniMindConfig(), step=0, settings={})
     expected = torch.rand(3)
     torch.manual_seed(99)
     configurator.restore_rng(run, load_checkpoint(tmp_path)['rng'], step=0)

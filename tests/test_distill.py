@@ -5,12 +5,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, numbers
+from conftest import ROOT, TEXT, data_script, numbers
 from distill import TAGS, chunked_loss, distillation_loss, parse_answer, tag_weights
-from prepare import REASON_NAMES, REASON_TEMPLATES, REASON_THINGS, Tokenizer, load_tokenizer, reason
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_tokenizer import train_bpe
+from train_tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 N, V = 500, 300
 
@@ -131,9 +130,10 @@ def test_cross_entropy_part_is_unweighted(batch):
 # ---- reason ----
 
 def test_every_reason_answer_checks_and_nothing_held_out_was_trained():
+    reason = data_script('reason')
     trained, held_out = [], []
-    for piece in reason(0.05, count=1500):
-        question, answer = (message['content'] for message in piece.messages)
+    for record in reason.problems(count=1500):
+        question, answer = (message['content'] for message in record['conversations'])
         thought = answer.split('<think>\n')[1].split('\n</think>')[0]
         steps = [step.split(': ')[1] for step in thought.split('\n')]
         for step in steps:
@@ -142,16 +142,17 @@ def test_every_reason_answer_checks_and_nothing_held_out_was_trained():
         assert parse_answer(answer) == right
         # the numbers of a problem in their order, and its words without names, things and numbers
         found = (tuple(re.findall(r'\d+', question)), re.sub(
-            '|'.join([r'\d+', *REASON_NAMES, *REASON_THINGS]), '_', question))
+            '|'.join([r'\d+', *reason.NAMES, *reason.THINGS]), '_', question))
         assert set(found[0]) <= set(re.findall(r'\d+', answer))
-        (trained if piece.split == 'train' else held_out).append((piece.label, found))
+        (trained if record['split'] == 'train' else held_out).append((record['label'], found))
     combinations = {key for _, (key, _) in trained}
     templates = {key for _, (_, key) in trained}
-    assert {label for label, _ in trained} == {0} and {label for label, _ in held_out} == {0, 1}
+    assert {label for label, _ in trained} == {'new numbers'}
+    assert {label for label, _ in held_out} == {'new numbers', 'new template'}
     for label, (combination, template) in held_out:
-        assert (template in templates) == (label == 0)
-        assert label == 1 or combination not in combinations
-    assert len(templates) == len(REASON_TEMPLATES)
+        assert (template in templates) == (label == 'new numbers')
+        assert label == 'new template' or combination not in combinations
+    assert len(templates) == len(reason.TEMPLATES)
 
 
 # ---- the run ----
@@ -168,7 +169,7 @@ def test_black_box_on_reason(script, tmp_path, run_folder):
     assert losses == sorted(losses, reverse=True)
     assert re.search(r'new template +\d+ problems  well-formed +0.0%  right +0.0%', done.stdout)
     # the loss counts a tag ten times, the cross-entropy beside it once
-    loss, ce = numbers(r'loss (\S+)  ce', done.stdout)[0], numbers(r'  ce (\S+)', done.stdout)[0]
+    loss, ce = numbers(r'loss (\S+)  ce', done.stdout)[0], numbers(r'  ce loss (\S+)', done.stdout)[0]
     assert loss > 2 * ce
     assert len(json.load(open(tmp_path / 'a' / 'report.json'))) == 4
 
@@ -182,7 +183,8 @@ def test_white_box_and_its_mistakes(script, tmp_path, run_folder):
     start = ['--dataset=./chats', f'--teacher={run_folder}', *FAST, '--report_size=0', '--min_lr=3e-3']
     done = script('distill.py', '--out_dir=whole', *start)
     # alpha 0.5, T 2: the loss is made of the parts printed beside it
-    parts = [numbers(pattern, done.stdout) for pattern in (r'  loss (\S+)  ce', r'  ce (\S+)', r'  kl (\S+)')]
+    parts = [numbers(pattern, done.stdout)
+             for pattern in (r'  loss (\S+)  ce', r'  ce loss (\S+)', r'  kl (\S+)')]
     for loss, ce, kl in zip(*parts):
         assert loss == pytest.approx(0.5 * ce + 0.5 * 4 * kl, abs=2e-4)
     # two ranks of two micro-batches are one of one

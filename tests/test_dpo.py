@@ -8,7 +8,8 @@ import torch
 from conftest import numbers
 from dpo import answer_log_probs, batch_at, dpo_loss
 from model_minimind import MiniMind, MiniMindConfig
-from prepare import Split, encode_chat, encode_pair, pair_of, pydoc_dpo
+from prepare import Split, encode_pair, pair_of
+from train_tokenizer import encode_chat
 
 
 def small_model():
@@ -62,15 +63,15 @@ def test_log_probs_are_sums_over_the_answer():
     tokens, targets = pairs_of(4, [3, 7, 1, 20])
     log_p = model(tokens)[0].log_softmax(-1)
     wanted = [sum(log_p[b, t, targets[b, t]] for t in range(20) if targets[b, t] != -100) for b in range(4)]
-    torch.testing.assert_close(answer_log_probs(model, model, tokens, targets), torch.stack(wanted))
+    torch.testing.assert_close(answer_log_probs(model, tokens, targets), torch.stack(wanted))
 
 
 def test_padding_changes_nothing():
     model = small_model()
     tokens, targets = pairs_of(2, [4, 9])
     padded = [torch.cat([t, torch.full((2, 13), pad)], 1) for t, pad in ((tokens, 0), (targets, -100))]
-    torch.testing.assert_close(answer_log_probs(model, model, *padded),
-                               answer_log_probs(model, model, tokens, targets))
+    torch.testing.assert_close(answer_log_probs(model, *padded),
+                               answer_log_probs(model, tokens, targets))
 
 
 # ---- data ----
@@ -120,19 +121,6 @@ def test_the_tutorials_preferences(script, shared, tokenizer_folder):
                   '--dataset=./d', f'--tokenizer={tokenizer_folder}', '--on_error=skip')
     assert 'skipped 6 malformed records' in done.stderr
     assert sum(numbers(r'(?:train|val) +([\d,]+) documents', done.stdout)) == 2 * 1094
-
-
-def test_pydoc_dpo_tells_nothing_by_style():
-    """Each answer is chosen once and rejected once, beside one of its length; train and val share none."""
-    sides = {'train': [], 'val': []}
-    for piece in pydoc_dpo(0.05):
-        sides[piece.split].append((piece.messages[-1]['content'], piece.rejected))
-    chosen = {split: sorted(c for c, _ in pairs) for split, pairs in sides.items()}
-    for split, pairs in sides.items():
-        assert chosen[split] == sorted(r for _, r in pairs) and all(c != r for c, r in pairs)
-        assert len(set(chosen[split])) == len(pairs) >= 50
-    assert not set(chosen['train']) & set(chosen['val'])
-    assert sum(abs(len(c) - len(r)) for c, r in sides['train']) / len(sides['train']) < 3
 
 
 @pytest.fixture

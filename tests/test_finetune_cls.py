@@ -8,8 +8,8 @@ import torch
 from conftest import numbers
 from torch.nn import functional as F
 
-from finetune_cls import (add_head, batch_at, confusion, freeze, label_logits, load_classifier, scores,
-                          step_texts)
+from finetune_cls import (add_head, batch_at, confusion, freeze, label_logits, load_classifier, read_texts,
+                          scores)
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import Split, read_labelled, write_data
@@ -35,7 +35,7 @@ def texts(lengths):
 @pytest.mark.parametrize('kind', ['minimind', 'gpt2'])
 def test_fifty_more_tokens_of_padding_change_neither_prediction_nor_loss(kind):
     model, labels = classifier(kind), np.array([0, 1, 2, 1])
-    x, lengths, y = batch_at(texts([5, 30, 17, 1]), labels, range(4), 64)
+    x, y, lengths = batch_at(texts([5, 30, 17, 1])._replace(labels=labels), range(4), 64)
     longer = torch.cat([x, torch.full((4, 50), 7)], dim=1)
     with torch.no_grad():
         expected, given = label_logits(model, x, lengths), label_logits(model, longer, lengths)
@@ -68,15 +68,15 @@ def test_what_learns(kind):
 
 
 def test_a_text_too_long_loses_its_end_but_not_its_last_token():
-    split = texts([10, 3])
-    x, lengths, _ = batch_at(split, np.array([0, 1]), [0, 1], 6)
+    split = texts([10, 3])._replace(labels=np.array([0, 1]))
+    x, _, lengths = batch_at(split, [0, 1], 6)
     assert x.shape == (2, 6) and lengths.tolist() == [6, 3]
     assert x[0].tolist() == [*split.tokens[:5], split.tokens[9]]
     assert x[1, :3].tolist() == split.tokens[10:].tolist()
 
 
 def test_an_epoch_has_each_text_once():
-    first, second = ([text for step in steps for text in step_texts(20, 1, step, 4)]
+    first, second = ([text for step in steps for text in read_texts(20, 1, 4 * step, 4)]
                      for steps in (range(5), range(5, 10)))
     assert sorted(first) == sorted(second) == list(range(20)) and first != second
 
@@ -102,10 +102,10 @@ def moods(tmp_path, tokenizer, byte_tokenizer):
         rows = [f'{label}\t{when} {who} the {word}' for label, some in words.items() for word in some
                 for who in ('I saw', 'we know', 'she likes', 'they had') for when in ('today', 'again', 'so')]
         (tmp_path / 'moods.tsv').write_text('\n'.join(rows))
-        pieces, labels = read_labelled(str(tmp_path / 'moods.tsv'), balance=False)
+        pieces = read_labelled(str(tmp_path / 'moods.tsv'), balance=False)
         folder = str(tmp_path / f'moods_{kind}')
         words = byte_tokenizer if kind == 'gpt2' else tokenizer
-        write_data(folder, words, pieces, 'moods.tsv', 'cls', labels)
+        write_data(folder, words, pieces, 'moods.tsv', 'cls')
         return folder
     return make
 

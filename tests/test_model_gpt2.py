@@ -11,7 +11,7 @@ import torch.nn as nn
 from conftest import TEXT, numbers
 from torch.nn import functional as F
 
-import model_gpt2
+from configurator import read_weights
 from model_gpt2 import (
     GPT2,
     GPT2Config,
@@ -19,6 +19,7 @@ from model_gpt2 import (
     plain_gelu,
     plain_layer_norm,
     sinusoidal_positions,
+    weights_to_hf,
 )
 from prepare import Piece, Split, write_data
 from pretrain import batch_at, make_optimizers, window_starts
@@ -239,9 +240,9 @@ def test_without_safetensors_there_are_bins(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('change, words', [
-    (dict(n_embd=24), r'wte.weight is \(211, 48\), but config.json asks for \(211, 24\)'),
+    (dict(n_embd=24), r'wte.weight is \(211, 48\), but its config asks for \(211, 24\)'),
     (dict(n_layer=4), 'h.3.ln_1.weight is missing'),
-    (dict(n_layer=2), 'h.2.attn.c_attn.bias has no place in a GPT-2 of 2 layers'),
+    (dict(n_layer=2), 'h.2.attn.c_attn.bias has no place in this model'),
     (dict(activation_function='relu'), "activation_function='relu'"),
     (dict(n_inner=100), 'n_inner=100'),
     (dict(model_type='bert'), "describes a 'bert'"),
@@ -253,10 +254,38 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         GPT2.from_pretrained(tmp_path)
     (tmp_path / 'model.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes()[:5000])
-    with pytest.raises(ValueError, match='model.safetensors cannot be read'):
-        model_gpt2.read_weights(tmp_path)
+    with pytest.raises(ValueError, match='model.safetensors holds no weights'):
+        read_weights(tmp_path)
     with pytest.raises(FileNotFoundError, match='neither model.safetensors nor pytorch_model.bin'):
-        model_gpt2.read_weights(tmp_path / 'nothing')
+        read_weights(tmp_path / 'nothing')
+
+
+def test_a_folder_is_rewritten_while_its_weights_are_mapped(tmp_path):
+    model, tokens = random_model(), torch.randint(211, (1, 9))
+    model.save_pretrained(tmp_path, eos_token_id=7)
+    assert json.loads((tmp_path / 'generation_config.json').read_text()) == {'eos_token_id': 7}
+    again = GPT2.from_pretrained(tmp_path)
+    with torch.no_grad():
+        again.lm_head.weight.mul_(2)                    # tied, and writable though mapped
+    again.save_pretrained(tmp_path)
+    assert torch.equal(GPT2.from_pretrained(tmp_path).transformer.wte.weight, 2 * model.lm_head.weight)
+    assert not list(tmp_path.glob('*.tmp'))
+    # a file as torch before 1.6 wrote it cannot be mapped; a head that should be tied but is not is refused
+    (tmp_path / 'model.safetensors').unlink()
+    state = weights_to_hf(model.state_dict(), model.config)
+    torch.save(state, tmp_path / 'pytorch_model.bin', _use_new_zipfile_serialization=False)
+    assert torch.equal(GPT2.from_pretrained(tmp_path)(tokens)[0], model(tokens)[0])
+    torch.save({**state, 'lm_head.weight': torch.zeros(211, 48)}, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(ValueError, match='lm_head.weight and transformer.wte.weight should be one matrix'):
+        GPT2.from_pretrained(tmp_path)
+
+
+def test_what_the_head_is_given():
+    model, tokens = random_model(), torch.randint(211, (2, 9))
+    hidden, loss = model(tokens, head=False)
+    assert hidden.shape == (2, 9, 48) and loss is None
+    assert torch.equal(model.lm_head(hidden), model(tokens)[0])
+    assert model.auxiliary_loss(torch.ones_like(tokens)) == 0.0 and not model.config.use_moe
 
 
 def test_offline_official_weights_say_which_files_to_put_where(script, tmp_path):
@@ -273,7 +302,7 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=32', '--batch_
 
 def test_a_run_of_gpt2_from_scratch_to_transformers_and_back(script, tmp_path, tokenizer, transformers):
     data = tmp_path / 'rules'
-    pieces = [Piece('train', TEXT * 20, True, 0), Piece('val', TEXT, True, 1)]
+    pieces = [Piece('train', TEXT * 20), Piece('val', TEXT)]
     write_data(str(data), tokenizer, pieces, 'test')
     common = [*TINY, f'--dataset={data}']
     out = script('pretrain.py', *common, '--model=gpt2', '--out_dir=run', '--stride=8', '--dropout=0.1',
@@ -288,7 +317,7 @@ def test_a_run_of_gpt2_from_scratch_to_transformers_and_back(script, tmp_path, t
     assert load_run(tmp_path / 'run')[2]['step'] == 101
 
     # the export is the run, for transformers, for sample.py and as the start of another run
-    script('model_gpt2.py', '--out_dir=run', '--export_dir=hf')
+    script('sample.py', '--out_dir=run', '--export_dir=hf')
     model, _, _ = load_run(tmp_path / 'run')
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')

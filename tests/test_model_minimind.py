@@ -11,8 +11,8 @@ import model_minimind
 import pretrain
 from configurator import Run, read_config_file, save_checkpoint
 from model_minimind import (MiniMind, MiniMindConfig, RMSNorm, apply_rope, kv_cache_bytes, plain_attention,
-                            rope_table)
-from prepare import encode_chat
+                            plain_rms_norm, rope_table)
+from train_tokenizer import encode_chat
 
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=64)
@@ -39,6 +39,20 @@ def test_rmsnorm_is_layernorm_on_zero_mean():
     x -= x.mean(dim=-1, keepdim=True)
     torch.testing.assert_close(RMSNorm(16, 1e-5)(x), nn.functional.layer_norm(x, (16,), eps=1e-5))
     assert not torch.allclose(RMSNorm(16, 1e-5)(x + 1), nn.functional.layer_norm(x + 1, (16,)), atol=0.1)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6), (torch.bfloat16, 0)])
+def test_rmsnorm_is_its_formula(dtype, tolerance):
+    norm, x = RMSNorm(48, 1e-5), torch.randn(3, 7, 48).to(dtype).requires_grad_()
+    nn.init.normal_(norm.weight, mean=1, std=0.2)
+    results = []
+    for y in (norm(x), plain_rms_norm(x.float(), norm.weight, 1e-5).to(dtype)):
+        y.float().square().sum().backward()
+        results.append([y, x.grad, norm.weight.grad])
+        x.grad = norm.weight.grad = None
+    for fused, plain in zip(*results):
+        torch.testing.assert_close(fused, plain, atol=tolerance, rtol=tolerance)
+    assert norm(100 * torch.ones(48, dtype=torch.float16)).isfinite().all()     # though 100^2 x 48 is not
 
 
 def rope(x, position):
@@ -261,7 +275,7 @@ OFFICIAL = {
 @pytest.mark.parametrize('name', OFFICIAL)
 def test_official_weights_load_by_name(name, tmp_path):
     model = tiny(**OFFICIAL[name]).half()
-    state = model_minimind.unstack_experts(model.state_dict())          # MiniMind names experts one by one
+    state = model_minimind.weights_to_hf(model.state_dict())          # MiniMind names experts one by one
     assert 'lm_head.weight' in state and 'model.embed_tokens.weight' in state
     # half precision, and the tables which old checkpoints carry
     state.update({'model.freqs_cos': torch.ones(8, 4), 'model.freqs_sin': torch.zeros(8, 4)})
@@ -279,7 +293,7 @@ def test_official_weights_load_by_name(name, tmp_path):
 def test_the_config_of_minimind_itself(tmp_path):
     """A folder as MiniMind's own PretrainedConfig writes it, second generation, with experts."""
     model = tiny(use_moe=True, n_shared_experts=1, num_attention_heads=8)
-    torch.save(model_minimind.unstack_experts(model.state_dict()), tmp_path / 'pytorch_model.bin')
+    torch.save(model_minimind.weights_to_hf(model.state_dict()), tmp_path / 'pytorch_model.bin')
     (tmp_path / 'config.json').write_text(json.dumps(dict(
         model_type='minimind', architectures=['MiniMindForCausalLM'], hidden_act='silu', hidden_size=32,
         intermediate_size=None, max_position_embeddings=64, num_attention_heads=8, num_hidden_layers=2,
@@ -352,10 +366,9 @@ def test_export_of_a_run(script, tmp_path, tokenizer):
     transformers = pytest.importorskip('transformers')
     model = tiny(vocab_size=tokenizer.vocab_size, qk_norm=True)
     tokenizer.save(tmp_path / 'run')
-    save_checkpoint(Run(torch.device('cpu'), torch.float32, 0, 1), str(tmp_path / 'run'), tokenizer, step=1,
-                    settings={}, model_type='minimind', model_config=asdict(model.config),
-                    model=model.state_dict())
-    script('model_minimind.py', '--out_dir=run', '--export_dir=hf', '--yarn_factor=2')
+    save_checkpoint(Run(torch.device('cpu'), torch.float32, 0, 1), str(tmp_path / 'run'), tokenizer,
+                    model.config, step=1, settings={}, model=model.state_dict())
+    script('sample.py', '--out_dir=run', '--export_dir=hf', '--yarn_factor=2')
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float32).eval()
     model.extend_context(2)
     same_logits(model, theirs, tokens())
@@ -369,7 +382,5 @@ def test_export_of_a_run(script, tmp_path, tokenizer):
     ids = encode_chat(tokenizer, chat, add_generation_prompt=True)[0]
     assert auto.apply_chat_template(chat, add_generation_prompt=True)['input_ids'] == ids
     assert auto.encode('The keeper reads') == tokenizer.encode('The keeper reads')
-    assert '--export_dir' in script('model_minimind.py', '--out_dir=run', code=2).stderr
-    for stage in ('model_minimind.py', 'model_gpt2.py'):
-        line = script(stage, '--out_dir=run', '--export_dir=run/ckpt.pt', code=2).stderr
-        assert 'cannot write run/ckpt.pt: File exists' in line
+    line = script('sample.py', '--out_dir=run', '--export_dir=run/ckpt.pt', code=2).stderr
+    assert 'cannot write run/ckpt.pt: File exists' in line

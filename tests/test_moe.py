@@ -8,7 +8,7 @@ from conftest import TEXT, numbers
 from torch.nn import functional as F
 
 import model_minimind
-from model_minimind import MiniMind, MiniMindConfig, MoEFeedForward, padded_rows, sort_by_expert
+from model_minimind import MiniMind, MiniMindConfig, MoEFeedForward, padded_rows, plain_moe, sort_by_expert
 from pretrain import Muon, make_optimizers
 
 
@@ -23,26 +23,6 @@ def layer(**changes):
     for p in mlp.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return mlp
-
-
-def plain_loop(mlp, x):
-    """The same, one expert after the other: for each, find its tokens, compute, add to their rows."""
-    C, k = x.size(-1), mlp.config.num_experts_per_tok
-    rows = x.reshape(-1, C)
-    weights, chosen = mlp.gate(rows).softmax(dim=-1).topk(k, dim=-1)
-    if mlp.config.norm_topk_prob:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    y = torch.zeros_like(rows)
-    for e in range(mlp.config.num_experts):
-        hit = chosen == e
-        if hit.any():
-            token = hit.any(dim=-1).nonzero().flatten()
-            gate, up = (rows[token] @ mlp.experts.gate_up[e]).chunk(2, dim=-1)
-            out = (F.silu(gate) * up) @ mlp.experts.down[e]
-            y.index_add_(0, token, out * weights[hit][:, None])
-    for expert in mlp.shared_experts:
-        y = y + expert(rows)
-    return y.view_as(x)
 
 
 @pytest.fixture
@@ -67,13 +47,13 @@ def test_the_chapters_dispatch():
 @pytest.mark.parametrize('k', [1, 2, 4])
 @pytest.mark.parametrize('kind', [dict(), dict(norm_topk_prob=False), dict(n_shared_experts=2)],
                          ids=['renormalised', 'as-they-are', 'shared'])
-def test_it_is_the_plain_loop(monkeypatch, kind, k, training, layout):
+def test_it_is_the_plain_moe(monkeypatch, kind, k, training, layout):
     """Outputs and all gradients, with experts that get no token among them."""
     monkeypatch.setattr(model_minimind, 'padded_rows', lambda ends, size: 6 * (layout == 'padded'))
     mlp = layer(num_experts=8, num_experts_per_tok=k, **kind).train(training)
     x = torch.randn(2, 3, 32, requires_grad=True)
     results = []
-    for forward in (mlp, lambda x: plain_loop(mlp, x)):
+    for forward in (mlp, lambda x: plain_moe(mlp, x)):
         y = forward(x)
         (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
         results.append([y, x.grad, *(p.grad for p in mlp.parameters())])
@@ -124,7 +104,7 @@ def test_compiled_is_eager():
     gate = model.model.layers[0].mlp.gate.weight
     losses, grads = [], []
     for forward in (model, torch.compile(model, backend='aot_eager')):
-        losses.append(forward(x, x)[1])
+        losses.append(forward(x, x)[1] + model.auxiliary_loss(torch.ones_like(x)))
         grads.append(torch.autograd.grad(losses[-1], gate)[0])
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*grads)
@@ -167,11 +147,13 @@ def test_an_even_router_has_the_least():
 def test_it_is_added_once_and_moves_the_router(seq_aux):
     model, x = MiniMind(config(seq_aux=seq_aux, router_aux_loss_coef=0.1)), torch.randint(64, (2, 16))
     language = model.eval()(x, x)[1]
-    total = model.train()(x, x)[1]
+    assert model.auxiliary_loss(torch.ones_like(x)) == 0.0              # evaluation has none of it
+    loss = model.train()(x, x)[1]
     layers = [block.mlp for block in model.model.layers]
     aux = model.auxiliary_loss(torch.ones_like(x))
-    torch.testing.assert_close(total, language + aux)                   # evaluation has none of it
-    torch.testing.assert_close(model.aux_loss, aux.detach())
+    torch.testing.assert_close(loss, language)                          # added only by who asks for it
+    torch.testing.assert_close(aux, sum(mlp.auxiliary_loss(torch.ones_like(x)) for mlp in layers))
+    assert aux > 0.1 * len(layers) * 0.99                               # coef per layer is the least
     assert model.expert_load().shape == (2, 4)
     torch.testing.assert_close(model.expert_load().sum(dim=1), torch.ones(2))
     for mlp in layers:
@@ -188,7 +170,8 @@ def test_a_balance_within_rows_depends_neither_on_padding_nor_on_how_a_step_is_c
     for pieces in ([(x, y)], [wider], [(x[:1, :3], y[:1, :3]), (x[1:], y[1:])]):
         model.zero_grad()
         for tokens, targets in pieces:
-            (model(tokens, targets)[1] * (targets != -100).sum() / 20).backward()
+            loss = model(tokens, targets)[1] + model.auxiliary_loss(targets != -100)
+            (loss * (targets != -100).sum() / 20).backward()
         grads.append([p.grad for p in model.parameters()])
         loads.append(model.expert_load())
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-4)
@@ -233,7 +216,7 @@ def test_many_small_experts_are_faster_than_the_loop(two_threads):
     mlp = layer(hidden_size=128, moe_intermediate_size=64, num_experts=64, num_experts_per_tok=4)
     x, best = torch.randn(1, 256, 128), {}
     for _ in range(6):
-        for name, forward in (('grouped', mlp), ('loop', lambda x: plain_loop(mlp, x))):
+        for name, forward in (('grouped', mlp), ('loop', lambda x: plain_moe(mlp, x))):
             began = time.perf_counter()
             forward(x).sum().backward()
             best[name] = min(best.get(name, 9), time.perf_counter() - began)

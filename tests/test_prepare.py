@@ -4,14 +4,14 @@ import io
 import itertools
 import json
 import re
-import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
 
 import prepare
-from prepare import (ALPACA_PREFACE, HERE, conversation, encode_chat, messages_of, pydoc_sft,
-                     read_conversations, read_labelled, read_labels, read_meta, read_split, unzip, write_data)
+from prepare import HERE, Piece, messages_of, read_labelled, read_meta, read_pieces, read_split, write_data
+from train_tokenizer import ALPACA_PREFACE, encode_chat
 
 
 def turns(*contents):
@@ -98,21 +98,12 @@ def test_every_kind_of_file_holds_the_same_conversations(tmp_path, tokenizer):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
         folder = str(tmp_path / f'{name}_data')
-        meta = write_data(folder, tokenizer, read_conversations(str(tmp_path / name), 0.2), name, 'sft')
+        meta = write_data(folder, tokenizer, read_pieces(str(tmp_path / name), 'sft', 0.2), name, 'sft')
         assert meta['train']['documents'] + meta['val']['documents'] == 60
         assert read_meta(folder, 'sft') == meta
-        arrays.append([np.concatenate(read_split(folder, split)) for split in ('train', 'val')])
+        arrays.append([np.concatenate(read_split(folder, split)[:3]) for split in ('train', 'val')])
     for other in arrays[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(arrays[0], other))
-
-
-def test_pydoc_sft_has_all_kinds_of_conversation_and_keeps_held_out_ones_apart():
-    pieces = list(itertools.islice(pydoc_sft(0.1), 2500))
-    roles = [tuple(m['role'] for m in piece.messages) for piece in pieces]
-    assert {('user', 'assistant'), ('user', 'assistant') * 2, ('system', 'user', 'assistant')} <= set(roles)
-    answers = {split: {p.messages[-1]['content'] for p in pieces if p.split == split and len(p.messages) == 2
-                       and len(p.messages[1]['content']) > 60} for split in ('train', 'val')}
-    assert len(answers['val']) > 30 and not answers['train'] & answers['val']
 
 
 MISTAKES = {
@@ -139,23 +130,23 @@ def test_a_malformed_conversation_is_one_line_or_skipped(tmp_path, capsys, name)
     file = tmp_path / name
     file.write_text(f'{good}\n{json.dumps(record)}\n{good}\n')
     with pytest.raises(SystemExit, match='2'):
-        list(read_conversations(str(file)))
+        list(read_pieces(str(file), 'sft'))
     line = capsys.readouterr().err
     assert len(line.splitlines()) == 1 and f'{name}:2: ' in line and '--on_error=skip' in line
     assert all(word in line for word in words), line
     prepare.malformed.count = 0
-    assert len(list(read_conversations(str(file), on_error='skip'))) == 2 and prepare.malformed.count == 1
+    assert len(list(read_pieces(str(file), 'sft', on_error='skip'))) == 2 and prepare.malformed.count == 1
 
 
 @pytest.mark.parametrize('text, words', [
     ('{"messages": []}', 'a.json:1: not a list'), ('[\n\n{"messages": [}]', 'a.json:3: not JSON'),
-    ('[{"instruction": "a", "output": "b"}\n{', 'a.json:1: not JSON'),
-    ('[\n{"instruction": "a", "output": "b"},\n{"instruction": "a"}]', 'a.json:3: no field "output"'),
-    ('[\n' + '[' * 10**6, 'a.json:2: JSON nested too deep')])
+    ('[{"instruction": "a", "output": "b"}\n{', 'a.json:2: not JSON'),
+    ('[\n{"instruction": "a", "output": "b"},\n{"instruction": "a"}]', 'a.json, record 2: no field "output"'),
+    ('[\n' + '[' * 10**6, 'a.json:1: JSON nested too deep')])
 def test_a_broken_json_list_is_reported_with_its_line(tmp_path, capsys, text, words):
     (tmp_path / 'a.json').write_text(text)
     with pytest.raises(SystemExit):
-        list(read_conversations(str(tmp_path / 'a.json')))
+        list(read_pieces(str(tmp_path / 'a.json'), 'sft'))
     assert words in capsys.readouterr().err
 
 
@@ -171,8 +162,7 @@ def test_a_malformed_record_leaves_no_folder_behind(script, tmp_path, tokenizer_
 
 def labelled(folder, name, text, **options):
     (folder / name).write_bytes(text.encode())
-    pieces, names = read_labelled(str(folder / name), **options)
-    return {(names[p.label], p.text) for p in pieces}
+    return {(p.label, p.content) for p in read_labelled(str(folder / name), **options)}
 
 
 def test_tables_in_all_their_forms(tmp_path):
@@ -197,18 +187,19 @@ def test_splits_are_70_10_20_of_each_label_and_share_no_text(tmp_path, tokenizer
     rows += [f'x\tMessage  NUMBER {i}' for i in range(0, 90, 3)] + [f'x\tmore {i}' for i in range(70)]
     (tmp_path / 'a.tsv').write_text('\n'.join(rows))
     for balance, counts in [(True, [100, 100, 100]), (False, [170, 100, 100])]:
-        pieces, names = read_labelled(str(tmp_path / 'a.tsv'), balance)
-        assert names == ['x', 'y', 'z'] and np.bincount([p.label for p in pieces]).tolist() == counts
-        assert len({p.text.casefold() for p in pieces}) == len(pieces)
+        pieces = read_labelled(str(tmp_path / 'a.tsv'), balance)
+        assert Counter(p.label for p in pieces) == dict(zip('xyz', counts))
+        assert len({p.content.casefold() for p in pieces}) == len(pieces)
         for split, share in dict(train=0.7, val=0.1, test=0.2).items():
-            of_split = np.bincount([p.label for p in pieces if p.split == split])
-            assert of_split.tolist() == [round(share * n) for n in counts]
-    assert read_labelled(str(tmp_path / 'a.tsv'))[0] == read_labelled(str(tmp_path / 'a.tsv'))[0]
-    assert read_labelled(str(tmp_path / 'a.tsv'), seed=2)[0] != read_labelled(str(tmp_path / 'a.tsv'))[0]
+            of_split = Counter(p.label for p in pieces if p.split == split)
+            assert of_split == {name: round(share * n) for name, n in zip('xyz', counts)}
+    assert read_labelled(str(tmp_path / 'a.tsv')) == read_labelled(str(tmp_path / 'a.tsv'))
+    assert read_labelled(str(tmp_path / 'a.tsv'), seed=2) != read_labelled(str(tmp_path / 'a.tsv'))
     folder = str(tmp_path / 'd')
-    write_data(folder, tokenizer, pieces, 'a.tsv', 'cls', names)
-    test, labels = read_split(folder, 'test'), read_labels(folder, 'test')
-    assert len(labels) == len(test.offsets) - 1 == 74 and read_meta(folder, 'cls')['labels'] == names
+    write_data(folder, tokenizer, pieces, 'a.tsv', 'cls')
+    test, names = read_split(folder, 'test'), read_meta(folder, 'cls')['labels']
+    assert len(test.labels) == len(test.offsets) - 1 == 74 and names == ['x', 'y', 'z']
+    assert [names[i] for i in test.labels] == [p.label for p in pieces if p.split == 'test']
     assert test.tokens[test.offsets[1] - 1] == tokenizer.eot
     assert test.mask.sum() == 74 and test.mask[test.offsets[1:] - 1].all()      # where the classifier reads
 
@@ -218,7 +209,7 @@ def test_splits_are_70_10_20_of_each_label_and_share_no_text(tmp_path, tokenizer
     ('a,1\na,2\na,3\nb,4\nb,5\nb,6\nc,7\n', ["a.csv:7: the label 'c' is seen once"]),
     ('kind,message\na,1\na,2\na,3\nb,4\nb,5\nb,6', ["a.csv:1: the label 'kind' is seen once", 'header']),
     ('a,1\n,2\n', ['a.csv:2: the label is empty']), ('a,1\nb\n', ['a.csv:2: the text is empty']),
-    ('a,1\nb,1\n', ["a.csv:2: this text has the label 'b', but 'a' in line 1"]),
+    ('a,1\nb,1\n', ["a.csv:2: this text has the label 'b', but 'a' at", 'a.csv:1']),
     ('a,1\n"b,2\n', ['a.csv:2: not a row of .csv']), ('a,caf\udce9\n', ['a.csv:1: not UTF-8 (byte 0xe9)'])])
 def test_a_malformed_table_is_one_line(tmp_path, capsys, text, words):
     (tmp_path / 'a.csv').write_bytes(text.encode(errors='surrogateescape'))
@@ -231,15 +222,6 @@ def test_a_malformed_table_is_one_line(tmp_path, capsys, text, words):
 def test_a_label_seen_once_can_be_skipped(tmp_path):
     assert {label for label, _ in labelled(tmp_path, 'a.csv', 'a,1\na,2\na,3\nb,4\nb,5\nb,6\nc,7\n',
                                            on_error='skip')} == {'a', 'b'}
-
-
-def test_a_downloaded_zip_becomes_a_table(tmp_path):
-    with zipfile.ZipFile(tmp_path / 'sms_spam.zip', 'w') as z:
-        z.writestr('readme', 'short')
-        rows = [f'{"ham" if i % 2 else "spam"}\tmessage {i}\n' for i in range(20)]
-        z.writestr('SMSSpamCollection', ''.join(rows))
-    pieces, names = read_labelled(unzip(str(tmp_path / 'sms_spam.zip')))
-    assert names == ['ham', 'spam'] and len(pieces) == 20
 
 
 # ---- the spam set that ships ----
@@ -277,7 +259,7 @@ def test_a_wrong_source_is_one_line(script, options, words):
 
 def test_data_of_another_task_is_refused(tmp_path, tokenizer, capsys):
     folder = str(tmp_path / 'd')
-    pieces = [conversation(split, turns('a', 'b'), 1) for split in ('train', 'val')]
+    pieces = [Piece(split, (turns('a', 'b'),)) for split in ('train', 'val')]
     write_data(folder, tokenizer, pieces, 'test', 'sft')
     with pytest.raises(SystemExit):
         read_meta(folder, 'cls')

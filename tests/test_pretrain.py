@@ -14,7 +14,7 @@ from conftest import ONE_THREAD, ROOT, TEXT, numbers
 from configurator import start_run
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import Piece, Split, read_split, write_data
-from pretrain import batch_at, held_out_loss, make_optimizers, step_starts
+from pretrain import batch_at, held_out_loss, make_optimizers, read_starts
 from sample import load_run
 
 TINY = ['--n_layer=2', '--n_head=2', '--n_kv_head=1', '--n_embd=32', '--block_size=32', '--batch_size=4',
@@ -25,7 +25,7 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_kv_head=1', '--n_embd=32', '--block_si
 def data(tokenizer, tmp_path_factory):
     """A prepared data set in which a third of the tokens are no targets, unevenly spread."""
     folder = tmp_path_factory.mktemp('data') / 'rules'
-    pieces = [Piece('train', TEXT * 20, True, 0), Piece('val', TEXT, True, 1)]
+    pieces = [Piece('train', TEXT * 20), Piece('val', TEXT)]
     write_data(str(folder), tokenizer, pieces, 'test')
     mask = np.load(folder / 'train_mask.npy', mmap_mode='r+')
     mask[:] = np.random.default_rng(0).random(len(mask)) < np.linspace(0.3, 1, len(mask))
@@ -52,14 +52,14 @@ def weights(folder):
 def test_an_epoch_reads_every_window_once_in_an_order_of_its_own():
     n, block = 1000, 32
     windows = 1000 // block - 1
-    epochs = [step_starts(n, block, seed=1, step=i, rows=windows) for i in range(3)]
+    epochs = [read_starts(n, block, seed=1, position=i * windows, rows=windows) for i in range(3)]
     for starts in epochs:
         assert len({s % block for s in starts}) == 1, 'windows of an epoch tile the text'
         assert sorted(starts) == list(range(min(starts), max(starts) + 1, block))
         assert max(starts) + block + 1 <= n
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
     # a function of (seed, step) alone, however the steps are cut
-    assert step_starts(n, block, 1, step=3, rows=7) == sum(epochs, [])[21:28]
+    assert read_starts(n, block, 1, position=21, rows=7) == sum(epochs, [])[21:28]
 
 
 def test_targets_are_the_next_tokens_where_the_mask_says_so():
@@ -109,7 +109,7 @@ def test_the_loss_of_the_first_step_is_the_mean_over_all_targets(script, tmp_pat
            '--gradient_accumulation_steps=3', '--learning_rate=0', '--min_lr=0')
     model, _, _ = load_run(tmp_path / 'run')
     train = read_split(str(data), 'train')
-    x, y = batch_at(train, step_starts(len(train.tokens), 32, 1337, 0, 12), 32)
+    x, y = batch_at(train, read_starts(len(train.tokens), 32, 1337, 0, 12), 32)
     with torch.no_grad():
         assert losses(tmp_path / 'run')[0] == pytest.approx(model(x, y)[1].item(), abs=1e-5)
 

@@ -10,7 +10,8 @@ from conftest import numbers
 
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
-from prepare import Split, conversation, encode_chat, write_data
+from prepare import Piece, Split, write_data
+from train_tokenizer import encode_chat
 from sample import load_run, prompt_that_fits
 from sft import Rows, answers, exact_match, last_answers, learnable, pack
 
@@ -92,18 +93,18 @@ def test_an_epoch_reads_each_conversation_once_in_an_order_of_seed_and_step(layo
     split, docs = random_split(), np.arange(60)
     rows = Rows(split, docs, 64, layout, seed=3, per_step=4)
     whole = len(rows.rows) // 4 * 4
-    read = [doc for step in range(whole // 4) for row in rows.of_step(step) for doc in row]
+    read = [doc for step in range(whole // 4) for row in rows.read(4 * step, 4) for doc in row]
     assert len(set(read)) == len(read) and (len(rows.rows) != whole or len(read) == 60)
     again = Rows(split, docs, 64, layout, seed=3, per_step=4)
-    assert all(map(np.array_equal, again.of_step(37), rows.of_step(37)))            # without the steps before
+    assert all(map(np.array_equal, again.read(4 * 37, 4), rows.read(4 * 37, 4)))    # without those before
     other = Rows(split, docs, 64, layout, seed=4, per_step=4)
-    assert [list(row) for row in other.of_step(0)] != [list(row) for row in rows.of_step(0)]
+    assert [list(row) for row in other.read(0, 4)] != [list(row) for row in rows.read(0, 4)]
 
 
 def test_buckets_hold_rows_of_like_length():
     split = random_split(400)
     rows = Rows(split, np.arange(400), 64, 'bucketed', per_step=8)
-    steps = [rows.batch(rows.of_step(step)) for step in range(50)]
+    steps = [rows.batch(rows.read(8 * step, 8)) for step in range(50)]
     padding = sum((~(x != 0)).sum().item() for x, _, _ in steps) / sum(x.numel() for x, _, _ in steps)
     assert padding < 0.1 and len({x.shape[1] for x, _, _ in steps}) > 10
 
@@ -153,7 +154,7 @@ def counting(tmp_path, tokenizer, byte_tokenizer):
     def make(kind):
         folder = tmp_path / f'counting_{kind}'
         asks = ['After {}?', 'What follows {}?', '{}, and then?']
-        pieces = [conversation('train' if (i + j) % 5 else 'val', turns(ask.format(letter), after), 1)
+        pieces = [Piece('train' if (i + j) % 5 else 'val', (turns(ask.format(letter), after),))
                   for i, (letter, after) in enumerate(zip(LETTERS, LETTERS[1:] + 'a'))
                   for j, ask in enumerate(asks)]
         write_data(str(folder), byte_tokenizer if kind == 'gpt2' else tokenizer, pieces, 'test', 'sft')
@@ -221,15 +222,15 @@ def test_debug_mask(script, tiny_run, counting):
 def test_a_conversation_is_answered_as_its_whole_history(script, tiny_run):
     """`sample.py --chat` says what the model says to the conversation in one piece."""
     folder = tiny_run('minimind')
-    model, words, _ = load_run(str(folder))
+    model, its_tokenizer, _ = load_run(str(folder))
     typed = 'Hi\nWhat is \\\na <|im_end|>?\n/reset\n\nHi\n/exit\nnot read\n'
     done = script('sample.py', f'--out_dir={folder}', '--chat', '--system=Be kind.', '--temperature=0',
                   '--device=cpu', '--max_new_tokens=6', '--dtype=float32', input=typed)
     system, messages, expected = dict(role='system', content='Be kind.'), [], []
     for text in ('Hi', 'What is \na <|im_end|>?'):
         messages.append(dict(role='user', content=text))
-        prompt = encode_chat(words, [system, *messages], add_generation_prompt=True)[0]
-        expected.append(answers(model, words, [prompt], 6)[0][0])
+        prompt = encode_chat(its_tokenizer, [system, *messages], add_generation_prompt=True)[0]
+        expected.append(answers(model, its_tokenizer, [prompt], 6)[0][0])
         messages.append(dict(role='assistant', content=expected[-1]))
     assert done.stdout == ''.join(answer + '\n' for answer in [*expected, expected[0]])
 

@@ -5,8 +5,8 @@ import pytest
 import tiktoken
 from conftest import TEXT
 
-from prepare import Tokenizer, encode_chat, load_tokenizer
-from train_tokenizer import CHAPTER_CORPUS, bpe_merges, train_bpe, train_lookup
+from train_tokenizer import (CHAPTER_CORPUS, Tokenizer, bpe_merges, encode_chat, load_tokenizer, train_bpe,
+                             train_lookup)
 
 TEXTS = ['The keeper reads the rules.', '  two  spaces\tand a tab\r\n\r\n', '大模型炼丹术：从零开始。',
          '👩‍👩‍👧‍👦🇨🇳👍🏽', 'def f(x):\n    return {"a": x**2}',
