@@ -242,9 +242,10 @@ def test_open_data_refuses_another_tokenizer_and_another_task(tmp_path, tokenize
     write_data(folder, tokenizer, [Piece('train', 'old'), Piece('val', 'old')], str(file))
     meta, train, val = open_data(run, folder, 'pretrain', tokenizer)
     assert meta == read_meta(folder) and train.tokens.tolist() == val.tokens.tolist()
-    for task, other, words in [('pretrain', byte_tokenizer, ['was tokenised otherwise than by gpt2: run '
-                                f'`python prepare.py --dataset={folder} --tokenizer=gpt2` with --input={file}']),
-                               ('sft', tokenizer, ["prepared for the task 'pretrain', not 'sft'"])]:
+    again = f'run `python prepare.py --dataset={folder} --tokenizer=gpt2` with --input={file}'
+    for task, other, words in [
+            ('pretrain', byte_tokenizer, [f'was tokenised otherwise than by gpt2: {again}']),
+            ('sft', tokenizer, ["prepared for the task 'pretrain', not 'sft'"])]:
         with pytest.raises(SystemExit, match='2'):
             open_data(run, folder, task, other)
         line = capsys.readouterr().err
