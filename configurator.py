@@ -16,6 +16,7 @@ import ast
 import difflib
 import fnmatch
 import hashlib
+import io
 import json
 import math
 import os
@@ -84,6 +85,8 @@ def configure(settings, **rules):
     With init_from='resume' the settings of the interrupted run stand in for the defaults.
     """
     sys.excepthook = quiet_interrupt
+    if isinstance(sys.stdout, io.TextIOWrapper):        # what a terminal's encoding lacks is shown as \u....
+        sys.stdout.reconfigure(errors='backslashreplace')
     keys = [k for k, v in settings.items()
             if k.islower() and k[0] != '_' and type(v) in (bool, int, float, str)]
     if {'-h', '--help'} & set(sys.argv[1:]):

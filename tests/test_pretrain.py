@@ -114,6 +114,18 @@ def test_the_loss_of_the_first_step_is_the_mean_over_all_targets(script, tmp_pat
         assert losses(tmp_path / 'run')[0] == pytest.approx(model(x, y)[1].item(), abs=1e-5)
 
 
+def test_a_terminal_that_is_not_utf_8_ends_no_run(script, tmp_path, data):
+    ascii = {'PYTHONIOENCODING': 'ascii'}
+    done = script('pretrain.py', *TINY, f'--dataset={data}', '--out_dir=run', '--max_iters=1',
+                  '--prompt=灯塔🚀', env=ascii)
+    assert '| \\u706f\\u5854\\U0001f680' in done.stdout
+    (tmp_path / 'text.txt').write_text('灯塔🚀', encoding='utf-8')
+    done = script('sample.py', '--out_dir=run', '--start=FILE:text.txt', '--max_new_tokens=3', env=ascii)
+    assert done.stdout.startswith('\\u706f\\u5854\\U0001f680')
+    done = script('train_tokenizer.py', '--input=text.txt', '--trace=1', env=ascii)
+    assert '1  \\u706f + \\u5854 -> \\u706f\\u5854' in done.stdout
+
+
 def test_it_learns_a_text_by_heart_and_sample_tells_it(script, tmp_path, data):
     out = script('pretrain.py', *TINY, f'--dataset={data}', '--out_dir=run', '--n_embd=64', '--batch_size=8',
                  '--max_iters=120', '--warmup_iters=10', '--log_interval=40').stdout
