@@ -8,11 +8,12 @@ import torch
 from conftest import numbers
 from torch.nn import functional as F
 
-from finetune_cls import (add_head, batch_at, confusion, freeze, label_logits, load_classifier, read_texts,
-                          scores)
+from configurator import save_checkpoint, start_run
+from finetune_cls import (add_head, batch_at, classify_texts, confusion, freeze, label_logits,
+                          load_classifier, predictions, scores)
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
-from prepare import Split, read_labelled, write_data
+from prepare import Split, open_data, read_labelled, write_data
 
 
 def classifier(kind, n_labels=3):
@@ -75,12 +76,6 @@ def test_a_text_too_long_loses_its_end_but_not_its_last_token():
     assert x[1, :3].tolist() == split.tokens[10:].tolist()
 
 
-def test_an_epoch_has_each_text_once():
-    first, second = ([text for step in steps for text in read_texts(20, 1, 4 * step, 4)]
-                     for steps in (range(5), range(5, 10)))
-    assert sorted(first) == sorted(second) == list(range(20)) and first != second
-
-
 def test_scores_by_hand():
     true, predicted = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 0, 1])
     matrix = confusion(predicted, true, 3)
@@ -136,6 +131,30 @@ def test_a_run_learns_and_then_classifies(script, tmp_path, tiny_run, moods, kin
     for file, words in (('nowhere', 'No such file'), ('blank.txt', 'no line with text'),
                         ('latin.txt', 'latin.txt:2: not UTF-8 (byte 0xe9)')):
         assert words in script('finetune_cls.py', '--out_dir=run', f'--classify_file={file}', code=2).stderr
+
+
+def test_what_is_asked_is_read_as_what_is_learned(tmp_path, tokenizer, moods, capsys):
+    """By ids: a text of the test split gets the same logits, with white space around it, and cut."""
+    folder, run = str(tmp_path / 'run'), start_run('cpu', 'float32')
+    meta, _, _, test = open_data(run, moods('minimind'), 'cls', tokenizer)
+    texts = [tokenizer.decode(test.tokens[i:j - 1]) for i, j in zip(test.offsets, test.offsets[1:])]
+    model = add_head(MiniMind(MiniMindConfig(vocab_size=350, hidden_size=32, num_hidden_layers=2,
+                                             num_attention_heads=4)), 2)
+    torch.nn.init.normal_(model.lm_head.weight)                     # so that probabilities differ
+    block_size = int(np.diff(test.offsets).max()) - 1
+    save_checkpoint(run, folder, tokenizer, model.config, model=model.state_dict(), step=1,
+                    labels=meta['labels'], settings=dict(block_size=block_size))
+    capsys.readouterr()
+    p, labels = predictions(model, run, test, block_size)[0].softmax(-1).max(-1)
+    classify_texts(folder, [f' {text}\t\n' for text in texts], run)
+    shown, said = capsys.readouterr()
+    rows = [line.split('\t')[:2] for line in shown.splitlines()]
+    assert rows == [[meta['labels'][i], f'{q:.3f}'] for i, q in zip(labels, p)]
+    n_cut = int((np.diff(test.offsets) > block_size).sum())
+    assert f'{n_cut} of {len(texts)} texts are longer than block_size={block_size}' in said
+    with pytest.raises(SystemExit):
+        classify_texts(folder, [' \n'], run)
+    assert 'the text is empty' in capsys.readouterr().err
 
 
 def test_pictures(script, tmp_path, tiny_run, moods):
