@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from configurator import above, configure, fail, fingerprint, load_checkpoint, start_run
+from configurator import above, configure, fail, fingerprint, load_checkpoint, replacing, start_run
 from prepare import Progress, data_folder, open_data, read_split
 from pretrain import Training, make_optimizers, read_rows, to_device
 from sample import evaluating, load_run
@@ -191,9 +191,8 @@ def reference_log_probs(model, run, folder, name, pairs, block_size, batch_size,
                           Progress(f'reference, {name}') if run.rank == 0 else None)
     if run.rank == 0:
         try:
-            with open(path + '.tmp', 'wb') as f:
+            with replacing(path) as new, open(new, 'wb') as f:
                 np.save(f, result)
-            os.replace(path + '.tmp', path)
         except OSError as e:                    # others may own the data
             print(f"the reference is not kept for the next run: cannot write {path} ({e.strerror})")
     return result
