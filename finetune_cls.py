@@ -25,7 +25,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import build_model, configure, fail, load_checkpoint, one_of, start_run
-from prepare import Piece, Split, encode_labelled, label_and_text, open_data, whole_text
+from prepare import TASKS, Piece, Split, open_data, whole_text
 from pretrain import Training, make_optimizers, read_rows, to_device
 from sample import MODELS, evaluating, load_start
 from train_tokenizer import load_tokenizer
@@ -179,13 +179,14 @@ def write_report(out_dir, model, run, splits, names, block_size):
 # ---- a trained classifier at work ----
 
 def classify_texts(out_dir, texts, run):
-    """Print label, probability and text of each text. It is read as a row of a table is for training."""
+    """Print label, probability and text of each text, read by the functions that make the data of training."""
     model, tokenizer, checkpoint = load_classifier(out_dir)
+    parse, encode = TASKS['cls'][:2]
     try:
-        pieces = [Piece('test', label_and_text(['?', text])[1]) for text in texts]
+        pieces = [Piece('test', parse(['?', text])[1]) for text in texts]
     except ValueError as e:
         fail(f"--classify: {e}")
-    rows = [ids for _, ids, _ in encode_labelled(tokenizer, pieces)]
+    rows = [ids for _, ids, _ in encode(tokenizer, pieces)]
     split = Split(np.concatenate(rows), None, np.cumsum([0, *map(len, rows)]), np.zeros(len(rows), np.int64))
     block_size = checkpoint['settings']['block_size']
     if n_cut := sum(len(ids) > block_size for ids in rows):
