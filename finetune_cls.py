@@ -179,7 +179,7 @@ def write_report(out_dir, model, run, splits, names, block_size):
 # ---- a trained classifier at work ----
 
 def classify_texts(out_dir, texts, run):
-    """Print label, probability and text of each text, read by the functions that make the data of training."""
+    """Print label, probability and text of each text, read by the functions that read the training data."""
     model, tokenizer, checkpoint = load_classifier(out_dir)
     parse, encode = TASKS['cls'][:2]
     try:

@@ -371,19 +371,6 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay):
     return optimizers + ([Muon(muon, learning_rate, weight_decay)] if muon else [])
 
 
-# ---- the order of the data ----
-
-@functools.lru_cache(maxsize=2)
-def shuffled(n, seed, epoch):
-    """The order of n rows in an epoch: a function of its arguments only. 8 bytes per row."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def read_rows(n, seed, position, rows):
-    """The next `rows` of n rows, when `position` are read: an endless run of epochs, each shuffled anew."""
-    return [int(shuffled(n, seed, i // n)[i % n]) for i in range(position, position + rows)]
-
-
 # ---- batches of text ----
 
 @functools.lru_cache(maxsize=2)
@@ -405,6 +392,17 @@ def read_starts(n_tokens, block_size, seed, position, rows, stride=0):
     windows = len(window_starts(n_tokens, block_size, seed, 0, stride))
     return [window_starts(n_tokens, block_size, seed, i // windows, stride)[i % windows]
             for i in range(position, position + rows)]
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(n, seed, epoch):
+    """The order of n rows in an epoch, where a row is a document: a function of its arguments only."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def read_rows(n, seed, position, rows):
+    """The next `rows` of n rows, when `position` are read: an endless run of epochs, each shuffled anew."""
+    return [int(shuffled(n, seed, i // n)[i % n]) for i in range(position, position + rows)]
 
 
 def batch_at(split, starts, block_size):
