@@ -1,9 +1,11 @@
 """What the tests share: a way to run a script as a user does, and small things to run it on.
 
-Nothing here needs a network or anything outside the repository. The scripts run in processes of their own,
-from an empty folder, with all they write below pytest's temporary folder, but for built-in sets in data/raw/.
+Nothing here needs a network or anything outside the repository. The scripts run from an empty folder, with
+all they write below pytest's temporary folder, but for built-in sets in data/raw/.
 """
+import contextlib
 import importlib.util
+import io
 import os
 import re
 import runpy
@@ -35,53 +37,52 @@ A keeper who asks the sea for a favour is given one, and the next keeper reads t
 
 
 @pytest.fixture
-def script(tmp_path):
-    """script('sample.py', '--seed=1') runs it in an empty folder and returns the finished process.
+def script(tmp_path, monkeypatch):
+    """script('sample.py', '--seed=1') runs it in an empty folder; what it printed is .stdout and .stderr.
 
     code   the exit code it must have. Code 2, a user's mistake, must come with one line on stderr.
-    input  bytes or text for standard input;  torchrun  number of ranks, 0 for plain python
+    It runs in this process, which saves the seconds that importing torch takes, and lets a test replace what
+    the script imports. With one of these it runs in its own:
+    input  bytes or text for standard input;  torchrun  number of ranks;  env  of the process
+    restarts  how often torchrun may start them anew;  process  True, where none of these is needed
     """
-    def run(name, *args, code=0, input=None, torchrun=0, env=()):
-        python = [sys.executable]
-        if torchrun:
-            python += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}']
-        data = input.encode() if isinstance(input, str) else input
-        done = subprocess.run([*python, str(ROOT / name), *map(str, args)], cwd=tmp_path, input=data,
-                              capture_output=True, timeout=300, env={**ONE_THREAD, **dict(env)})
-        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    def run(name, *args, code=0, input=None, torchrun=0, restarts=0, env=(), process=False):
+        arguments = [str(ROOT / name), *map(str, args)]
+        if input is None and not torchrun and not env and not process:
+            monkeypatch.chdir(tmp_path)
+            done = run_here(arguments)
+        else:
+            ranks = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}',
+                     f'--max-restarts={restarts}'] if torchrun else []
+            data = input.encode() if isinstance(input, str) else input
+            done = subprocess.run([sys.executable, *ranks, *arguments], cwd=tmp_path, input=data, timeout=300,
+                                  capture_output=True, env={**ONE_THREAD, **dict(env)})
+            done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
         assert done.returncode == code, f"{name} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-        assert 'Traceback' not in done.stderr
+        assert 'Traceback' not in done.stderr or restarts       # the ranks that lost one print theirs
         if code == 2:
             assert len(done.stderr.splitlines()) == 1, done.stderr
         return done
     return run
 
 
-@pytest.fixture
-def inline(tmp_path, monkeypatch, capsys):
-    """inline('pretrain.py', '--seed=1', code=0) runs a script in this process, from an empty folder, and
-    returns what it printed, (stdout, stderr). It saves the seconds of an import, and what the scripts import
-    can be replaced: a model that fails at its seventh step, a disk that is full."""
-    def run(name, *args, code=0):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, 'argv', [str(ROOT / name), *map(str, args)])
-        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        capsys.readouterr()
-        ended = 0
-        try:
-            runpy.run_path(str(ROOT / name), run_name='__main__')
-        except SystemExit as end:
-            ended = end.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        out, err = capsys.readouterr()
-        assert ended == code, f"{name} ended with {ended}:\n{out}\n{err}"
-        if code == 2:
-            assert len(err.splitlines()) == 1, err
-        return out, err
-    return run
+def run_here(arguments):
+    """Run a script in this process as `python SCRIPT ...` would, and put back what it changes."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), 'utf-8', write_through=True) for _ in range(2))
+    before = sys.argv, sys.excepthook
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    code, sys.argv = 0, arguments
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(arguments[0], run_name='__main__')
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv, sys.excepthook = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    stdout, stderr = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return subprocess.CompletedProcess(arguments, code, stdout, stderr)
 
 
 def data_script(name):

@@ -74,18 +74,19 @@ def test_the_lowest_rate_follows_the_highest():
 
 
 @pytest.mark.parametrize('stage', ['pretrain', 'sft', 'dpo', 'lora', 'distill', 'finetune_cls'])
-def test_in_each_stage_the_rate_cannot_climb(inline, stage):
+def test_in_each_stage_the_rate_cannot_climb(script, stage):
     assert re.search(r'^min_lr = -1\.0 ', (ROOT / f'{stage}.py').read_text(encoding='utf-8'), re.MULTILINE)
-    _, line = inline(f'{stage}.py', '--learning_rate=4e-8', '--min_lr=1e-5', code=2)
+    line = script(f'{stage}.py', '--learning_rate=4e-8', '--min_lr=1e-5', code=2).stderr
     assert 'min_lr=1e-05 is above learning_rate=4e-08' in line
 
 
 # ---- numbers that are not finite ----
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
-def test_a_run_that_diverges_keeps_its_last_good_checkpoint(inline, data, steps, tmp_path, bad):
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(script, data, steps, tmp_path, bad):
     steps.at[12] = lambda loss: loss * bad
-    out, line = inline('pretrain.py', *TINY, data, '--max_iters=20', '--eval_interval=5', code=1)
+    done = script('pretrain.py', *TINY, data, '--max_iters=20', '--eval_interval=5', code=1)
+    out, line = done.stdout, done.stderr
     assert 'done' not in out and len(line.splitlines()) == 1
     for words in ('step 12: the norm of the gradient is', 'learning rate of', 'step 10 is still good in run'):
         assert words in line
@@ -141,12 +142,12 @@ def test_in_float16_all_optimizers_skip_a_step_together(tmp_path):
 
 # ---- going on ----
 
-def test_resumed_with_another_batch_size_each_row_is_read_once(inline, data, steps, tmp_path):
+def test_resumed_with_another_batch_size_each_row_is_read_once(script, data, steps, tmp_path):
     common = [data, '--eval_interval=2', '--log_interval=1']
-    inline('pretrain.py', *TINY, *common, '--max_iters=2')
+    script('pretrain.py', *TINY, *common, '--max_iters=2')
     assert load_checkpoint(tmp_path / 'run')['position'] == 8
     again = ['--out_dir=run', '--init_from=resume', '--max_iters=6', '--batch_size=2']
-    inline('pretrain.py', *common[1:], *again)
+    script('pretrain.py', *common[1:], *again)
     assert [len(rows) for rows in steps] == [4, 4, 2, 2, 2, 2]
     first = [tuple(row.tolist()) for rows in steps for row in rows]
     assert len(set(first)) == 16, 'no row twice'
@@ -154,9 +155,9 @@ def test_resumed_with_another_batch_size_each_row_is_read_once(inline, data, ste
     assert counted == [128, 256, 320, 384, 448, 512]
 
 
-def test_after_torchrun_restarts_a_rank_that_died_the_run_goes_on(inline, data, steps, tmp_path, monkeypatch):
+def test_after_torchrun_restarts_a_rank_that_died_the_run_goes_on(script, data, steps, tmp_path, monkeypatch):
     arguments = [*TINY, data, '--max_iters=6', '--eval_interval=2', '--dropout=0.1']
-    inline('pretrain.py', *arguments)
+    script('pretrain.py', *arguments)
     whole = weights(tmp_path / 'run')
 
     def die(loss):
@@ -166,14 +167,14 @@ def test_after_torchrun_restarts_a_rank_that_died_the_run_goes_on(inline, data, 
     steps.clear()
     steps.at[5] = die
     with pytest.raises(ConnectionError):
-        inline('pretrain.py', *arguments)
+        script('pretrain.py', *arguments)
     assert load_checkpoint(tmp_path / 'run')['step'] == 4
     steps.at.clear()
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
-    inline('pretrain.py', *arguments)
+    script('pretrain.py', *arguments)
     assert len(steps) == 5 + 2 and same(weights(tmp_path / 'run'), whole)
     steps.clear()
-    inline('pretrain.py', *arguments, '--seed=3')           # not the run that lies there: from the beginning
+    script('pretrain.py', *arguments, '--seed=3')           # not the run that lies there: from the beginning
     assert len(steps) == 6
 
 
@@ -198,9 +199,9 @@ def test_after_torchrun_restarts_a_rank_that_died_the_run_goes_on(inline, data, 
     ('sample', ['--init_from=gpt2', '--out_dir=run'], 'out_dir applies not with --init_from'),
     ('sample', ['--export_dir=hf', '--num_samples=3'], 'num_samples applies not with --export_dir'),
 ])
-def test_a_setting_without_effect_is_refused(inline, tmp_path, stage, args, words):
+def test_a_setting_without_effect_is_refused(script, tmp_path, stage, args, words):
     (tmp_path / 'shape.py').write_text('seed = 3\nn_head = 8\n')
-    assert words in inline(f'{stage}.py', *args, code=2)[1]
+    assert words in script(f'{stage}.py', *args, code=2).stderr
 
 
 @pytest.mark.parametrize('stage, args, words', [
@@ -215,18 +216,18 @@ def test_a_setting_without_effect_is_refused(inline, tmp_path, stage, args, word
     ('lora', ['--init_from=NOWHERE'], 'NOWHERE'),
     ('finetune_cls', ['--init_from=NOWHERE'], 'NOWHERE'),
 ])
-def test_what_can_be_refused_is_refused_before_any_work(inline, tmp_path, stage, args, words):
+def test_what_can_be_refused_is_refused_before_any_work(script, tmp_path, stage, args, words):
     """A built-in data set that is missing would be prepared first, and its tokenizer trained."""
     (tmp_path / 'file').touch()
     builtin = dict(pretrain='pydoc', dpo='pydoc_dpo', finetune_cls='spam').get(stage, 'pydoc_sft')
-    assert words in inline(f'{stage}.py', f'--dataset=./{builtin}', *args, code=2)[1]
+    assert words in script(f'{stage}.py', f'--dataset=./{builtin}', *args, code=2).stderr
     assert sorted(os.listdir(tmp_path)) == ['file']
 
 
 # ---- checkpoints ----
 
-def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_not_used(inline, data, tmp_path, capsys):
-    inline('pretrain.py', *TINY, data, '--max_iters=6', '--eval_interval=2')
+def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_not_used(script, data, tmp_path, capsys):
+    script('pretrain.py', *TINY, data, '--max_iters=6', '--eval_interval=2')
     steps = [torch.load(tmp_path / 'run' / name, weights_only=True)['step'] for name in CHECKPOINTS]
     whole = weights(tmp_path / 'run')
     assert steps == [6, 4]
@@ -235,7 +236,7 @@ def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_not_used(inline,
     assert load_checkpoint(tmp_path / 'run')['step'] == 4
     line = capsys.readouterr().err
     assert 'ckpt.pt is not a checkpoint' in line and 'ckpt_previous.pt, of step 4' in line
-    inline('pretrain.py', '--out_dir=run', '--init_from=resume')
+    script('pretrain.py', '--out_dir=run', '--init_from=resume')
     assert same(weights(tmp_path / 'run'), whole)
 
 
@@ -250,6 +251,22 @@ def test_always_save_checkpoint_false_keeps_the_lowest_held_out_loss(tmp_path, c
     with pytest.raises(SystemExit, match='0'):
         training.close('goodbye')
     assert 'step 2 is kept, of the lowest held-out loss 2.0000' in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_old_one_goes(tmp_path, tokenizer, monkeypatch):
+    """Renamed before fsync, it may be empty after a power cut, and the old one gone."""
+    run, calls = start_run('cpu', 'float32'), []
+    save_checkpoint(run, tmp_path, tokenizer, MiniMindConfig(), step=1, settings={})
+    replace = os.replace
+
+    def spy(old, new):
+        calls.append(os.path.basename(new))
+        replace(old, new)
+    monkeypatch.setattr(os, 'fsync', lambda number: calls.append(f'fsync {os.fstat(number).st_size}'))
+    monkeypatch.setattr(os, 'replace', spy)
+    save_checkpoint(run, tmp_path, tokenizer, MiniMindConfig(), step=2, settings={})
+    size = (tmp_path / 'ckpt.pt').stat().st_size
+    assert calls[-3:] == [f'fsync {size}', 'ckpt_previous.pt', 'ckpt.pt']
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_is_one_line(tmp_path, tokenizer, monkeypatch, capsys):
@@ -304,6 +321,43 @@ def test_ranks_without_a_local_one_and_one_alone(monkeypatch):
     assert start_run('cpu', 'float32').rank == 5
 
 
+def test_each_rank_goes_on_with_its_own_random_numbers():
+    """Rank 1 of two takes the second state; where the number of ranks changed, new numbers are drawn."""
+    states, expected = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append([torch.get_rng_state()])
+        expected.append(torch.rand(3))
+    for rank in (0, 1):
+        configurator.restore_rng(Run(torch.device('cpu'), torch.float32, rank, 2), states, step=7)
+        assert torch.equal(torch.rand(3), expected[rank])
+    drawn = []
+    for rank in range(3):
+        torch.manual_seed(1337 + rank)
+        configurator.restore_rng(Run(torch.device('cpu'), torch.float32, rank, 3), states, step=7)
+        drawn.append(torch.rand(3))
+    assert len({tuple(numbers.tolist()) for numbers in (*drawn, *expected)}) == 5
+
+
+def test_torchrun_starts_a_run_again_whose_rank_was_killed(script, data, tmp_path):
+    """Rank 1 of two is killed once the first checkpoint is there; --max-restarts goes on, bit for bit."""
+    (tmp_path / 'killed.py').write_text("""
+import os, threading, time
+def _kill():
+    while not os.path.exists('run/ckpt.pt'):
+        time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    threading.Thread(target=_kill, daemon=True).start()
+""")
+    arguments = [*TINY, data, '--max_iters=40', '--eval_interval=10', '--dropout=0.1']
+    out = script('pretrain.py', *arguments, 'killed.py', torchrun=2, restarts=1).stdout
+    assert out.count('parameters;') == 2 and out.count('step      0 ') == 1
+    cut = weights(tmp_path / 'run')
+    script('pretrain.py', *arguments, '--out_dir=whole', torchrun=2)
+    assert same(cut, weights(tmp_path / 'whole'))
+
+
 # ---- the step, held to its formula ----
 
 def test_each_group_of_parameters_has_its_own_rate(tmp_path):
@@ -330,9 +384,9 @@ def test_the_gradient_is_cut_to_grad_clip_and_0_is_no_limit(tmp_path, grad_clip)
     assert length > 1 and seen[0] == pytest.approx(grad_clip or length, rel=1e-4)
 
 
-def test_held_out_losses_are_measured_without_dropout(inline, data, tmp_path):
+def test_held_out_losses_are_measured_without_dropout(script, data, tmp_path):
     """Twice in one run, at a learning rate of 0: equal, though the model drops half of its activations."""
-    inline('pretrain.py', *TINY, data, '--max_iters=2', '--eval_interval=1', '--dropout=0.5',
+    script('pretrain.py', *TINY, data, '--max_iters=2', '--eval_interval=1', '--dropout=0.5',
            '--learning_rate=0')
     found = [line for line in metrics(tmp_path / 'run') if 'val_loss' in line]
     assert len(found) == 3 and len({line['val_loss'] for line in found}) == 1
@@ -340,11 +394,11 @@ def test_held_out_losses_are_measured_without_dropout(inline, data, tmp_path):
     assert np.mean(losses) != pytest.approx(found[0]['train_loss'], abs=1e-3)
 
 
-def test_a_resumed_cosine_goes_on_where_it_stopped(inline, data, tmp_path):
+def test_a_resumed_cosine_goes_on_where_it_stopped(script, data, tmp_path):
     common = [data, '--eval_interval=3', '--warmup_iters=1']
-    inline('pretrain.py', *TINY, *common, '--max_iters=9')
+    script('pretrain.py', *TINY, *common, '--max_iters=9')
     rates = {line['step']: line['lr'] for line in metrics(tmp_path / 'run') if 'lr' in line}
     os.replace(tmp_path / 'run' / 'ckpt_previous.pt', tmp_path / 'run' / 'ckpt.pt')
-    inline('pretrain.py', '--out_dir=run', '--init_from=resume')
+    script('pretrain.py', '--out_dir=run', '--init_from=resume')
     again = {line['step']: line['lr'] for line in metrics(tmp_path / 'run') if 'lr' in line}
     assert again == rates and len(rates) == 9
