@@ -178,13 +178,13 @@ def test_n_and_n_steps_are_2n_steps(script, tmp_path, tiny_run, moods):
     assert all(torch.equal(p, whole['model'][key]) for key, p in model.state_dict().items())
 
 
-def test_two_ranks_are_two_micro_batches(script, inline, tmp_path, tiny_run, moods):
+def test_two_ranks_are_two_micro_batches(script, tmp_path, tiny_run, moods):
     options = [f'--init_from={tiny_run("minimind")}', f'--dataset={moods("minimind")}', '--max_iters=3',
                '--class_weights', '--dropout=0', *SMALL]
-    one, _ = inline('finetune_cls.py', *options, '--out_dir=one')
+    one = script('finetune_cls.py', *options, '--out_dir=one')
     two = script('finetune_cls.py', *options, '--out_dir=two', '--batch_size=4',
-                 '--gradient_accumulation_steps=2', torchrun=2).stdout
-    losses = [numbers(r'(?:val )?loss (\S+)', out) for out in (one, two)]
+                 '--gradient_accumulation_steps=2', torchrun=2)
+    losses = [numbers(r'(?:val )?loss (\S+)', done.stdout) for done in (one, two)]
     assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], abs=2e-4)
     reports = [json.loads((tmp_path / name / 'report.json').read_text()) for name in ('one', 'two')]
     assert reports[0] == reports[1]

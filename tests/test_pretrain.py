@@ -178,38 +178,6 @@ def test_a_run_cut_short_ends_bit_for_bit_as_an_uninterrupted_one(script, tmp_pa
     assert losses(tmp_path / 'whole') == losses(tmp_path / 'cut')
 
 
-KILLER = """
-import os, threading, time
-
-def die_behind_the_first_checkpoint():
-    while not os.path.exists('cut/ckpt.pt'):
-        time.sleep(0.01)
-    os.kill(os.getpid(), 9)
-
-if os.environ.get('RANK') == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-    threading.Thread(target=die_behind_the_first_checkpoint, daemon=True).start()
-"""
-
-
-def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(script, tmp_path, data):
-    """It goes on from the last checkpoint, and ends bit for bit as an uninterrupted one."""
-    options = [*TINY, f'--dataset={data}', '--batch_size=2', '--gradient_accumulation_steps=2',
-               '--eval_interval=4', '--dropout=0.2', '--max_iters=8']
-    script('pretrain.py', *options, '--out_dir=whole', torchrun=2)
-    (tmp_path / 'sitecustomize.py').write_text(KILLER)          # Python runs it before the script
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               '--max-restarts=1', ROOT / 'pretrain.py', *options, '--out_dir=cut']
-    # with the store of the ranks that died, torch lets their successors wait for them (its issue 135712)
-    env = {**ONE_THREAD, 'PYTHONPATH': str(tmp_path), 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and 'exitcode: -9' in done.stderr, done.stderr
-    assert done.stdout.count('step      0  held-out loss') == 1
-    assert done.stdout.count('step      4  held-out loss') == 2         # before the kill, and after it
-    whole, cut = weights(tmp_path / 'whole'), weights(tmp_path / 'cut')
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
-    assert losses(tmp_path / 'whole') == losses(tmp_path / 'cut')
-
-
 def test_a_finished_run_goes_on_only_when_asked_for_more(script, tmp_path, data):
     script('pretrain.py', *TINY, f'--dataset={data}', '--max_iters=2', '--out_dir=run')
     assert 'raise --max_iters' in script('pretrain.py', '--out_dir=run', '--init_from=resume', code=2).stderr
