@@ -19,6 +19,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -100,6 +101,8 @@ def configure(settings, only=None, **rules):
     rules     what the script's own settings may be: at_least(0), between(0, 1), one_of('a', 'b')
     With init_from='resume' the settings of the interrupted run stand in for the defaults.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):        # what a terminal's encoding lacks is shown as \u....
+        sys.stdout.reconfigure(errors='backslashreplace')
     keys = [k for k, v in settings.items()
             if k.islower() and k[0] != '_' and type(v) in (bool, int, float, str)]
     sys.excepthook = functools.partial(last_words, keys)

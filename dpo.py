@@ -17,18 +17,18 @@ rejected one faster; a chosen reward that keeps falling is a model that forgets 
 lower learning_rate. The loop comes from pretrain.py.
 """
 import copy
-import functools
 import hashlib
 import math
 import os
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
-from configurator import above, configure, fail, fingerprint, load_checkpoint, start_run
+from configurator import above, configure, fail, fingerprint, load_checkpoint, replacing, start_run
 from prepare import Progress, data_folder, open_data, read_split
-from pretrain import Training, make_optimizers, to_device
+from pretrain import Training, make_optimizers, read_rows, to_device
 from sample import evaluating, load_run
 
 # the run
@@ -65,17 +65,6 @@ compile = False                 # torch.compile: slow to start, faster on a GPU
 
 # ---- batches ----
 
-def read_pairs(n, seed, position, rows):
-    """The next `rows` pairs of an endless run of epochs over n pairs, each in an order of its own."""
-    return [int(shuffled(n, seed, i // n)[i % n]) for i in range(position, position + rows)]
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(n, seed, epoch):
-    """The order of an epoch: a function of its arguments only."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
 def pair_at(split, pair, block_size):
     """The ids of chosen and of rejected, and where in both the answer starts, cut to block_size + 1 tokens.
 
@@ -103,15 +92,31 @@ def batch_at(split, pairs, block_size):
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def check_pairs(split, name, block_size):
-    """One line on a pair that block_size leaves no difference between; return the number of pairs."""
-    lengths = np.diff(split.offsets)
-    for i in np.flatnonzero(np.maximum(lengths[::2], lengths[1::2]) > block_size + 1).tolist():
+def learnable(split, block_size):
+    """(numbers of the pairs whose answers differ once cut to block_size, how many pairs are cut)."""
+    lengths = np.diff(split.offsets).reshape(-1, 2)                     # (pairs, 2)
+    long, keep = lengths.max(1) > block_size + 1, np.ones(len(lengths), dtype=bool)
+    for i in np.flatnonzero(long | (lengths[:, 0] == lengths[:, 1])):
         (chosen, rejected), _ = pair_at(split, i, block_size)
-        if np.array_equal(chosen, rejected):
-            fail(f"{name}, pair {i + 1}: nothing is left of its answers that differs within "
-                 f"--block_size={block_size}; raise it to {max(lengths[2 * i:2 * i + 2])}")
-    return len(lengths) // 2
+        keep[i] = not np.array_equal(chosen, rejected)
+    return np.flatnonzero(keep).tolist(), int(long.sum())
+
+
+def open_pairs(run, folder, context, block_size, **splits):
+    """The numbers of the pairs to use, of each split a list. Says what block_size cuts and leaves out, and
+    refuses data of which it leaves nothing. context: what the model can read."""
+    result = []
+    for name, split in splits.items():
+        pairs, n_cut = learnable(split, block_size)
+        n_left_out = len(split.offsets) // 2 - len(pairs)
+        if not pairs:
+            fail(f"{folder}, {name}: no pair is left whose answers differ within --block_size={block_size} "
+                 f"tokens, where the model could read {context}")
+        if (n_cut or n_left_out) and run.rank == 0:
+            print(f"{name}: {n_cut:,} pairs are cut to block_size={block_size}; {n_left_out:,} are left out, "
+                  f"as their answers do not differ there")
+        result.append(pairs)
+    return result
 
 
 # ---- the loss ----
@@ -172,15 +177,24 @@ def reference_log_probs(model, run, folder, name, pairs, block_size, batch_size,
     for array in split[:3]:
         key.update(array)
     path = os.path.join(data_folder(folder), f'{name}_reference_{key.hexdigest()[:16]}.npy')
-    if os.path.exists(path):
-        return np.load(path)
+    known = [None]
+    if run.rank == 0 and os.path.exists(path):
+        try:
+            known = [np.load(path)]
+        except (OSError, EOFError, ValueError) as e:
+            fail(f"{path} is damaged ({e}): delete it, and it is computed again")
+    if run.world_size > 1:                      # another node may have another disk: rank 0 tells all ranks
+        dist.broadcast_object_list(known, 0)
+    if known[0] is not None:
+        return known[0]
     result = log_probs_of(model, run, split, pairs, block_size, batch_size, length_normalised,
                           Progress(f'reference, {name}') if run.rank == 0 else None)
     if run.rank == 0:
-        with open(path + '.tmp', 'wb') as f:
-            np.save(f, result)
-        os.replace(path + '.tmp', path)
-    run.barrier()
+        try:
+            with replacing(path) as new, open(new, 'wb') as f:
+                np.save(f, result)
+        except OSError as e:                    # others may own the data
+            print(f"the reference is not kept for the next run: cannot write {path} ({e.strerror})")
     return result
 
 
@@ -204,12 +218,12 @@ if __name__ == '__main__':
     if checkpoint and checkpoint['reference_fingerprint'] != weights:
         fail(f"{source} is no longer the reference that {out_dir} was trained against: its weights changed")
     meta, train, val = open_data(run, dataset, 'dpo', tokenizer)
-    n_train, n_val = (check_pairs(split, f'{data_folder(dataset)}, {name}', block_size)
-                      for split, name in ((train, 'train'), (val, 'val')))
-    val_pairs = list(range(0, n_val, math.ceil(n_val / (eval_iters * batch_size))))
+    train_pairs, val_pairs = open_pairs(run, data_folder(dataset), model.config.context, block_size,
+                                        train=train, val=val)
+    val_pairs = val_pairs[::math.ceil(len(val_pairs) / (eval_iters * batch_size))]
     how = block_size, batch_size, length_normalised
     if cache_reference:
-        ref_train = reference_log_probs(model, run, dataset, 'train', list(range(n_train)), *how)
+        ref_train = reference_log_probs(model, run, dataset, 'train', train_pairs, *how)
         ref_val = reference_log_probs(model, run, dataset, 'val', val_pairs, *how)
     else:
         reference = copy.deepcopy(model).requires_grad_(False)
@@ -219,11 +233,11 @@ if __name__ == '__main__':
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
     training = Training(run, config, model, optimizers, tokenizer, checkpoint, saved=lambda: dict(
         model=model.state_dict(), reference=source, reference_fingerprint=weights))
-    training.announce(f"{n_train:,} pairs", n_train)
+    training.announce(f"{len(train_pairs):,} pairs", len(train_pairs))
 
-    def make_batch(pairs):
-        ref = torch.from_numpy(ref_train[pairs].ravel()) if cache_reference else None       # (P, 2) -> (2P,)
-        return *batch_at(train, pairs, block_size), ref
+    def make_batch(rows):
+        ref = torch.from_numpy(ref_train[rows].ravel()) if cache_reference else None        # (P, 2) -> (2P,)
+        return *batch_at(train, [train_pairs[row] for row in rows], block_size), ref
 
     # the model stays in evaluation mode, without dropout, which would hide what the policy prefers
     for _ in training:
@@ -232,8 +246,8 @@ if __name__ == '__main__':
             line = ("held-out loss {val_loss:.4f}  accuracy {val_accuracy:.1%}  margin {val_margin:.3f} = "
                     "{val_chosen_reward:.3f} - {val_rejected_reward:.3f}").format(**numbers)
             training.evaluated(line, **numbers)
-        pairs = read_pairs(n_train, seed, training.position, training.rows)
-        for x, y, ref in training.micro_batches(pairs, make_batch, weigh=lambda x, *_: len(x) // 2):
+        rows = read_rows(len(train_pairs), seed, training.position, training.rows)
+        for x, y, ref in training.micro_batches(rows, make_batch, weigh=lambda x, *_: len(x) // 2):
             with run.autocast():
                 policy = answer_log_probs(model, x, y, length_normalised)                   # (2P,)
                 if not cache_reference:
@@ -242,5 +256,5 @@ if __name__ == '__main__':
             loss, chosen, rejected = (part.sum() for part in dpo_loss(
                 policy[0::2], policy[1::2], ref[0::2], ref[1::2], beta))
             training.backward(loss, margin=chosen - rejected, chosen_reward=chosen, rejected_reward=rejected)
-        training.update(pairs=len(pairs))
+        training.update(pairs=len(rows))
     training.close(f"the model is in {out_dir}: python sample.py --out_dir={out_dir} --chat")

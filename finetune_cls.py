@@ -25,8 +25,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import build_model, configure, fail, load_checkpoint, one_of, start_run
-from prepare import open_data, whole_text
-from pretrain import Training, make_optimizers, to_device
+from prepare import TASKS, Piece, Split, open_data, whole_text
+from pretrain import Training, make_optimizers, read_rows, to_device
 from sample import MODELS, evaluating, load_start
 from train_tokenizer import load_tokenizer
 
@@ -106,12 +106,6 @@ def load_classifier(folder, dropout=0.0, weights='model'):
 
 # ---- batches ----
 
-def read_texts(n, seed, position, rows):
-    """The next `rows` texts of an endless run of epochs over n texts, each shuffled anew."""
-    return [np.random.default_rng([seed, i // n]).permutation(n)[i % n]
-            for i in range(position, position + rows)]
-
-
 def cut_text(ids, block_size):
     """A text that is too long loses its end, but never the last token, where the head reads."""
     return ids if len(ids) <= block_size else np.append(ids[:block_size - 1], ids[-1])
@@ -139,7 +133,7 @@ def predictions(model, run, split, block_size, batch_size=64):
             x, _, lengths = to_device(batch_at(split, texts, block_size), run.device)
             with run.autocast():
                 logits.append(label_logits(model, x, lengths).float().cpu())
-    return torch.cat(logits), torch.from_numpy(split.labels)
+    return torch.cat(logits), torch.tensor(split.labels)
 
 
 def confusion(predicted, labels, n_labels):
@@ -184,17 +178,24 @@ def write_report(out_dir, model, run, splits, names, block_size):
 
 # ---- a trained classifier at work ----
 
-@torch.no_grad()
 def classify_texts(out_dir, texts, run):
-    """Print label, probability and text of each text."""
+    """Print label, probability and text of each text, read by the functions that read the training data."""
     model, tokenizer, checkpoint = load_classifier(out_dir)
-    model.to(run.device)
-    for text in texts:                                  # read as a text is in training
-        ids = np.array([*tokenizer.encode(text.strip()), tokenizer.eot])
-        ids = cut_text(ids, checkpoint['settings']['block_size'])
-        logits = label_logits(model, torch.from_numpy(ids[None]).to(run.device), torch.tensor([len(ids)]))
-        p, label = logits[0].float().softmax(dim=-1).max(dim=-1)
-        print(f"{checkpoint['labels'][label]}\t{p:.3f}\t{text}")
+    parse, encode = TASKS['cls'][:2]
+    try:
+        pieces = [Piece('test', parse(['?', text])[1]) for text in texts]
+    except ValueError as e:
+        fail(f"--classify: {e}")
+    rows = [ids for _, ids, _ in encode(tokenizer, pieces)]
+    split = Split(np.concatenate(rows), None, np.cumsum([0, *map(len, rows)]), np.zeros(len(rows), np.int64))
+    block_size = checkpoint['settings']['block_size']
+    if n_cut := sum(len(ids) > block_size for ids in rows):
+        print(f"{n_cut:,} of {len(rows):,} texts are longer than block_size={block_size} and lose their end",
+              file=sys.stderr)
+    logits, _ = predictions(model.to(run.device), run, split, block_size, batch_size=1)
+    for piece, row in zip(pieces, logits.softmax(dim=-1)):
+        p, label = row.max(dim=-1)
+        print(f"{checkpoint['labels'][label]}\t{p:.3f}\t{piece.content}")
 
 
 def lines_of(path):
@@ -256,7 +257,7 @@ if __name__ == '__main__':
                 best_weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
             training.evaluated(f"val loss {loss:.4f}  accuracy {accuracy:.3f}  (best {best['accuracy']:.3f} "
                                f"at step {best['step']:,})", val_loss=loss, val_accuracy=accuracy)
-        texts = read_texts(len(train.labels), seed, training.position, training.rows)
+        texts = read_rows(len(train.labels), seed, training.position, training.rows)
         for x, y, lengths in training.micro_batches(texts, lambda texts: batch_at(train, texts, block_size),
                                                     weigh=lambda x, y, lengths: weights[y].sum().item()):
             with run.autocast():

@@ -394,6 +394,17 @@ def read_starts(n_tokens, block_size, seed, position, rows, stride=0):
             for i in range(position, position + rows)]
 
 
+@functools.lru_cache(maxsize=2)
+def shuffled(n, seed, epoch):
+    """The order of n rows in an epoch, where a row is a document: a function of its arguments only."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def read_rows(n, seed, position, rows):
+    """The next `rows` of n rows, when `position` are read: an endless run of epochs, each shuffled anew."""
+    return [int(shuffled(n, seed, i // n)[i % n]) for i in range(position, position + rows)]
+
+
 def batch_at(split, starts, block_size):
     """Rows of tokens and their targets, the token that follows each: two (B, T) int64 tensors.
 

@@ -51,19 +51,26 @@ class Tokenizer:
     """Text <-> ids, over a `tokenizers` backend.
 
     Text never becomes a special token: "<|im_end|>" typed by a user is ten plain characters. The special ids
-    are attributes: eot (<|endoftext|>), im_start and im_end, None where the vocabulary lacks them.
+    are attributes: eot (<|endoftext|>), im_start and im_end, None where the vocabulary lacks them. Ids may
+    have holes: vocab_size is the largest id plus one.
     """
 
     def __init__(self, backend, source='gpt2'):
         self.backend, self.source = backend, source         # source: where load_tokenizer finds it again
+        # a call of transformers leaves them in the file it saves: every text is cut to a length, and padded
+        backend.no_truncation()
+        backend.no_padding()
+        # as ordinary text the library takes only those that are marked as special
+        plain = {token.content for token in backend.get_added_tokens_decoder().values() if not token.special}
+        backend.add_special_tokens([special_token(name) for name in SPECIAL if name in plain])
         backend.encode_special_tokens = True        # the library's name for taking them as ordinary text
-        self.vocab_size = backend.get_vocab_size()
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         self.eot = backend.token_to_id('<|endoftext|>')
         self.im_start, self.im_end = backend.token_to_id('<|im_start|>'), backend.token_to_id('<|im_end|>')
 
     @property
     def fingerprint(self):
-        """16 hex digits that differ between any two tokenizers of different ids."""
+        """16 hex digits that differ between any two tokenizers of different ids: of all that makes them."""
         state = json.loads(self.backend.to_str())
         parts = [state['model'], state['pre_tokenizer'], state['normalizer'], state['added_tokens']]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -103,6 +110,8 @@ def load_tokenizer(source):
         fail(f"{path} is not a tokenizer: {str(e).splitlines()[0]}")
     if tokenizer.eot is None:
         fail(f"{path} has no <|endoftext|>, which ends documents here")
+    if dropout := getattr(tokenizer.backend.model, 'dropout', None):
+        fail(f"{path} has dropout={dropout}, so the ids of a text would be others each time: set it to null")
     return tokenizer
 
 
@@ -129,12 +138,16 @@ def gpt2_tokenizer():
     return Tokenizer(byte_level_bpe(vocab, merges, ['<|endoftext|>']))
 
 
+def special_token(name):
+    return tokenizers.AddedToken(name, special=True, normalized=False)
+
+
 def byte_level_bpe(vocab, merges, special):
     """A `tokenizers` backend that splits text as GPT-2 does, then merges bytes."""
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([tokenizers.AddedToken(s, special=True, normalized=False) for s in special])
+    backend.add_special_tokens([special_token(name) for name in special])
     return backend
 
 
@@ -167,7 +180,7 @@ def train_lookup(texts, vocab_size, kind):
     spaced = [decoders.Replace(tokenizers.Regex(r'^(?![,.:;?!"()\'])'), ' '), decoders.Fuse(),
               decoders.Strip(' ', 1, 0)]
     backend.decoder = decoders.Fuse() if kind == 'char' else decoders.Sequence(spaced)
-    backend.add_special_tokens([tokenizers.AddedToken(s, special=True, normalized=False) for s in special])
+    backend.add_special_tokens([special_token(name) for name in special])
     return backend
 
 
@@ -203,8 +216,6 @@ def bpe_merges(word_counts, n):
 def print_trace(word_counts, n):
     """Print the first n merges, and the tokens after the last one."""
     merges = bpe_merges(word_counts, n)
-    if not merges:
-        fail(f"{input} holds no word")
     print("merge  count  pair")
     for i, (pair, count, _) in enumerate(merges, 1):
         print(f"{i:5}  {count:5}  {pair[0]} + {pair[1]} -> {''.join(pair)}")
@@ -215,10 +226,11 @@ def print_trace(word_counts, n):
 
 def training_texts(source, max_bytes, held_out):
     """Yield training text up to max_bytes; the first megabyte of held-out text goes into held_out, a list.
-    If prepare.py fails, it has said why: this run ends with the same exit code."""
+    Ends the run where no word is among it, as nothing would be learned; if prepare.py fails, it has said why:
+    this run ends with the same exit code."""
     command = [sys.executable, os.path.join(HERE, 'prepare.py'), '--print_text', f'--input={source}',
                f'--val_fraction={val_fraction}', f'--on_error={on_error}']
-    size, kept = 0, 0
+    size, kept, words = 0, 0, False
     with subprocess.Popen(command, stdout=subprocess.PIPE) as reader:
         for line in reader.stdout:
             piece = json.loads(line)
@@ -227,13 +239,19 @@ def training_texts(source, max_bytes, held_out):
                     held_out.append(piece['text'])
                     kept += len(piece['text'])
                 continue
-            size += len(piece['text'].encode())
-            if size > max_bytes:
+            text = piece['text'].encode()[:max_bytes - size].decode(errors='ignore')
+            size += len(text.encode())
+            words = words or bool(text.strip())
+            yield text
+            if text != piece['text']:
                 print(f"stopped reading at max_bytes = {max_bytes:,}")
-                return                              # closes the pipe, which ends prepare.py
-            yield piece['text']
-    if reader.returncode:
-        sys.exit(reader.returncode)
+                break                                   # closes the pipe, which ends prepare.py
+        else:
+            if reader.wait():
+                sys.exit(reader.returncode)
+    if not words:
+        fail(f"{source or 'pydoc'} holds no word to train on, with --max_bytes={max_bytes} and "
+             f"--val_fraction={val_fraction}")
 
 
 def report(tokenizer, held_out):

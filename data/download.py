@@ -96,6 +96,7 @@ def unzip(path):
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')       # the path may have letters that a log lacks
     if len(sys.argv) != 2 or sys.argv[1] not in DOWNLOADS:
         fail(f"give one name of {', '.join(DOWNLOADS)}, as in `python data/download.py verdict`")
     try:

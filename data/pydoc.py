@@ -154,6 +154,7 @@ def write(path, records):
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')       # the path may have letters that a log lacks
     root = sysconfig.get_path('stdlib')
     docs = list(docstrings(root))
     paths = {os.path.join(RAW, f'{name}-{VERSION}.jsonl'): make

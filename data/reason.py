@@ -91,6 +91,7 @@ def problems(count=6000):
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')       # the path may have letters that a log lacks
     # all or nothing; two runs at once do not disturb each other
     part = f'{PATH}.{os.getpid()}.part'
     try:

@@ -178,21 +178,21 @@ def test_pydoc_dpo_tells_nothing_by_style(pydoc, docs):
 
 
 def test_a_built_in_set_is_a_file_that_is_written_once(script, tmp_path, tokenizer_folder):
-    """In a copy of the repository, since data/raw/ lies in it."""
+    """In a copy of the repository, since data/raw/ lies in it; its path can't be printed in ascii."""
+    copy, ascii = tmp_path / '灯塔', {'PYTHONIOENCODING': 'ascii'}
     for name in ('configurator.py', 'train_tokenizer.py', 'prepare.py', 'data/reason.py'):
-        (tmp_path / 'copy' / name).parent.mkdir(exist_ok=True, parents=True)
-        shutil.copy(ROOT / name, tmp_path / 'copy' / name)
+        (copy / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(ROOT / name, copy / name)
     options = [f'--tokenizer={tokenizer_folder}', '--dataset=./reason']
-    copied = tmp_path / 'copy' / 'prepare.py'
-    first, second = (script(copied, *options, process=True).stdout for _ in range(2))
+    first, second = (script(copy / 'prepare.py', *options, env=ascii).stdout for _ in range(2))
     assert '$ python data/reason.py' in first and '$ python' not in second
-    raw = tmp_path / 'copy' / 'data' / 'raw'
+    raw = copy / 'data' / 'raw'
     assert [path.name for path in raw.iterdir()] == ['reason.jsonl']
     records = [json.loads(line) for line in (raw / 'reason.jsonl').read_text().splitlines()]
     val, meta = read_split(str(tmp_path / 'reason'), 'val'), read_meta(str(tmp_path / 'reason'), 'sft')
     assert [meta['labels'][i] for i in val.labels] == [r['label'] for r in records if r['split'] == 'val']
     assert len(read_split(str(tmp_path / 'reason'), 'train').labels) == meta['train']['documents']
-    line = script(copied, *options, '--val_fraction=0.1', code=2, process=True).stderr
+    line = script(copy / 'prepare.py', *options, '--val_fraction=0.1', code=2, process=True).stderr
     assert '--val_fraction=0.1: the records of' in line and 'name their split' in line
 
 

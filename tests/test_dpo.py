@@ -1,14 +1,18 @@
 """dpo.py: the loss is the paper's, log-probabilities are sums over answers, and the reference never moves."""
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import numbers
-from dpo import answer_log_probs, batch_at, dpo_loss
+from conftest import ROOT, numbers
+
+from configurator import start_run
+from dpo import answer_log_probs, batch_at, dpo_loss, learnable, open_pairs, reference_log_probs
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import Split, encode_pair, pair_of
+from sample import load_run
 from train_tokenizer import encode_chat
 
 
@@ -123,13 +127,17 @@ def test_the_tutorials_preferences(script, shared, tokenizer_folder):
     assert sum(numbers(r'(?:train|val) +([\d,]+) documents', done.stdout)) == 2 * 1094
 
 
-@pytest.fixture
-def split():
-    """Two pairs, of prompts 1 to 4 and 1 to 2."""
-    documents = [([1, 2, 3, 4, 5, 6, 7], 4), ([1, 2, 3, 4, 8], 4), ([1, 2, 9], 2), ([1, 2, 10, 11], 2)]
+def split_of(*documents):
+    """(ids, where the answer starts) of chosen, rejected, chosen, ... -> a Split."""
     return Split(np.array([t for ids, _ in documents for t in ids], dtype=np.uint16),
                  np.array([int(i >= n) for ids, n in documents for i in range(len(ids))], dtype=np.uint8),
                  np.cumsum([0, *(len(ids) for ids, _ in documents)]))
+
+
+@pytest.fixture
+def split():
+    """Two pairs, of prompts 1 to 4 and 1 to 2."""
+    return split_of(([1, 2, 3, 4, 5, 6, 7], 4), ([1, 2, 3, 4, 8], 4), ([1, 2, 9], 2), ([1, 2, 10, 11], 2))
 
 
 def test_batch(split):
@@ -147,6 +155,26 @@ def test_batch(split):
 def test_the_prompt_is_cut_first_and_alike(split, block_size, rows):
     x, y = batch_at(split, [0], block_size)
     assert list(zip(x.tolist(), y.tolist())) == rows
+
+
+def test_pairs_alike_within_block_size_are_left_out_and_counted(split, capsys):
+    same = [1, 2, 3, 4, 5, 6, 7]
+    long = split_of((same + [8], 2), (same + [9], 2),               # differ in their last token only
+                    ([1, 2, 3], 2), ([1, 2, 4], 2),
+                    ([1, 2, 3], 2), ([1, 2, 3], 2),                 # alike: of a tokenizer that loses letters
+                    (same + [8], 5), (same + [9], 5))               # the prompt is cut first
+    assert learnable(long, 10) == ([0, 1, 3], 0)
+    assert learnable(long, 4) == ([1, 3], 2)
+    run = start_run('cpu', 'float32')
+    assert open_pairs(run, 'there', 64, 4, train=long, val=split) == [[1, 3], [0, 1]]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith('train: 2 pairs are cut to block_size=4; 2 are left out')
+    assert said[1].startswith('val: 1 pairs are cut to block_size=4; 0 are left out')
+    with pytest.raises(SystemExit) as end:
+        open_pairs(run, 'there', 4, 4, train=split, val=split_of((same + [8], 2), (same + [9], 2)))
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count('\n') == 1
+    assert 'there, val: no pair is left whose answers differ within --block_size=4' in line
 
 
 # ---- the run ----
@@ -206,16 +234,43 @@ def test_a_run_in_many_ways(script, pairs_folder, run_folder, tmp_path):
     script('sample.py', '--out_dir=whole', '--max_new_tokens=3')
 
 
-def test_an_answer_that_block_size_cuts_to_nothing_is_one_line(script, tmp_path, run_folder):
-    same = dict(role='assistant', content='word ' * 60)
-    late = dict(role='assistant', content='word ' * 60 + 'late')
-    (tmp_path / 'pairs.jsonl').write_text(''.join(
-        json.dumps(dict(chosen=[asked, late], rejected=[asked, same])) + '\n'
-        for asked in (USER | {'content': f'{i}?'} for i in range(20))))
-    script('prepare.py', '--input=pairs.jsonl', '--dataset=./pairs', f'--tokenizer={run_folder}',
-           '--val_fraction=0.2')
-    done = script('dpo.py', f'--init_from={run_folder}', '--out_dir=a', *FAST, '--block_size=32', code=2)
-    assert 'pairs, train, pair 1: nothing is left of its answers that differs' in done.stderr
+NODES = """
+import sys
+import numpy as np
+from configurator import start_run
+from dpo import reference_log_probs
+from sample import load_run
+
+run, model = start_run('cpu', 'float32'), load_run(sys.argv[1])[0]
+how = 'train', [3, 1, 4], 64, 2, False
+first = reference_log_probs(model, run, './pairs', *how)
+again = reference_log_probs(model, run, './pairs' if run.rank == 0 else './elsewhere', *how)
+assert np.array_equal(first, again) and first.shape == (3, 2) and (first < 0).all()
+"""
+
+
+def test_rank_0_tells_the_others_what_the_reference_is(script, pairs_folder, run_folder, tmp_path):
+    """Nodes may not share a disk: one of them has the file of the reference, the other has not."""
+    shutil.copytree(pairs_folder, tmp_path / 'elsewhere')
+    (tmp_path / 'nodes.py').write_text(NODES)
+    script(tmp_path / 'nodes.py', run_folder, torchrun=2, env={'PYTHONPATH': str(ROOT)})
+    assert len([*tmp_path.glob('*/*_reference_*.npy')]) == 1
+
+
+def test_a_reference_that_cannot_be_kept_or_read(pairs_folder, run_folder, monkeypatch, capsys):
+    run, model = start_run('cpu', 'float32'), load_run(run_folder)[0]
+    how = model, run, str(pairs_folder), 'train', [0, 1], 64, 2, False
+    monkeypatch.setattr('os.replace', lambda *_: (_ for _ in ()).throw(OSError(30, 'Read-only file system')))
+    result = reference_log_probs(*how)
+    assert 'is not kept for the next run' in capsys.readouterr().out
+    monkeypatch.undo()
+    assert np.array_equal(reference_log_probs(*how), result)
+    path, = pairs_folder.glob('*_reference_*.npy')
+    path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(SystemExit) as end:
+        reference_log_probs(*how)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and f'{path} is damaged' in line and line.count('\n') == 1
 
 
 def test_other_data_is_one_line(script, run_folder, tmp_path):

@@ -8,11 +8,12 @@ import torch
 from conftest import numbers
 from torch.nn import functional as F
 
-from finetune_cls import (add_head, batch_at, confusion, freeze, label_logits, load_classifier, read_texts,
-                          scores)
+from configurator import save_checkpoint, start_run
+from finetune_cls import (add_head, batch_at, classify_texts, confusion, freeze, label_logits,
+                          load_classifier, predictions, scores)
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
-from prepare import Split, read_labelled, write_data
+from prepare import Split, open_data, read_labelled, write_data
 
 
 def classifier(kind, n_labels=3):
@@ -75,12 +76,6 @@ def test_a_text_too_long_loses_its_end_but_not_its_last_token():
     assert x[1, :3].tolist() == split.tokens[10:].tolist()
 
 
-def test_an_epoch_has_each_text_once():
-    first, second = ([text for step in steps for text in read_texts(20, 1, 4 * step, 4)]
-                     for steps in (range(5), range(5, 10)))
-    assert sorted(first) == sorted(second) == list(range(20)) and first != second
-
-
 def test_scores_by_hand():
     true, predicted = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 0, 1])
     matrix = confusion(predicted, true, 3)
@@ -138,6 +133,30 @@ def test_a_run_learns_and_then_classifies(script, tmp_path, tiny_run, moods, kin
         assert words in script('finetune_cls.py', '--out_dir=run', f'--classify_file={file}', code=2).stderr
 
 
+def test_what_is_asked_is_read_as_what_is_learned(tmp_path, tokenizer, moods, capsys):
+    """By ids: a text of the test split gets the same logits, with white space around it, and cut."""
+    folder, run = str(tmp_path / 'run'), start_run('cpu', 'float32')
+    meta, _, _, test = open_data(run, moods('minimind'), 'cls', tokenizer)
+    texts = [tokenizer.decode(test.tokens[i:j - 1]) for i, j in zip(test.offsets, test.offsets[1:])]
+    model = add_head(MiniMind(MiniMindConfig(vocab_size=350, hidden_size=32, num_hidden_layers=2,
+                                             num_attention_heads=4)), 2)
+    torch.nn.init.normal_(model.lm_head.weight)                     # so that probabilities differ
+    block_size = int(np.diff(test.offsets).max()) - 1
+    save_checkpoint(run, folder, tokenizer, model.config, model=model.state_dict(), step=1,
+                    labels=meta['labels'], settings=dict(block_size=block_size))
+    capsys.readouterr()
+    p, labels = predictions(model, run, test, block_size)[0].softmax(-1).max(-1)
+    classify_texts(folder, [f' {text}\t\n' for text in texts], run)
+    shown, said = capsys.readouterr()
+    rows = [line.split('\t')[:2] for line in shown.splitlines()]
+    assert rows == [[meta['labels'][i], f'{q:.3f}'] for i, q in zip(labels, p)]
+    n_cut = int((np.diff(test.offsets) > block_size).sum())
+    assert f'{n_cut} of {len(texts)} texts are longer than block_size={block_size}' in said
+    with pytest.raises(SystemExit):
+        classify_texts(folder, [' \n'], run)
+    assert 'the text is empty' in capsys.readouterr().err
+
+
 def test_pictures(script, tmp_path, tiny_run, moods):
     pytest.importorskip('matplotlib')
     script('finetune_cls.py', f'--init_from={tiny_run("minimind")}', f'--dataset={moods("minimind")}',
@@ -157,6 +176,18 @@ def test_n_and_n_steps_are_2n_steps(script, tmp_path, tiny_run, moods):
     assert whole['best'] == parts['best']
     model = load_classifier(str(tmp_path / 'whole'))[0]                 # the best weights, not the last
     assert all(torch.equal(p, whole['model'][key]) for key, p in model.state_dict().items())
+
+
+def test_two_ranks_are_two_micro_batches(script, inline, tmp_path, tiny_run, moods):
+    options = [f'--init_from={tiny_run("minimind")}', f'--dataset={moods("minimind")}', '--max_iters=3',
+               '--class_weights', '--dropout=0', *SMALL]
+    one, _ = inline('finetune_cls.py', *options, '--out_dir=one')
+    two = script('finetune_cls.py', *options, '--out_dir=two', '--batch_size=4',
+                 '--gradient_accumulation_steps=2', torchrun=2).stdout
+    losses = [numbers(r'(?:val )?loss (\S+)', out) for out in (one, two)]
+    assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], abs=2e-4)
+    reports = [json.loads((tmp_path / name / 'report.json').read_text()) for name in ('one', 'two')]
+    assert reports[0] == reports[1]
 
 
 def test_mistakes_are_one_line(script, tiny_run, moods):

@@ -167,6 +167,11 @@ def test_a_run_its_folder_and_the_merged_model(script, chats_folder, run_folder,
     done = script('lora.py', f'--init_from={run_folder}', '--out_dir=a', *FAST)
     losses = numbers(r'held-out loss (\S+)', done.stdout)
     assert losses[0] > losses[1] > losses[2]
+    # two ranks of one row are one of two
+    cut = script('lora.py', f'--init_from={run_folder}', '--out_dir=cut', *FAST, '--batch_size=1',
+                 '--gradient_accumulation_steps=2', '--report_size=0', torchrun=2)
+    one, two = (numbers(r'(?:held-out )?loss (\S+)', some.stdout) for some in (done, cut))
+    assert len(one) == 3 + 8 and two == pytest.approx(one, abs=2e-4)
     # rank 4 in two layers; in + out of q, k, v, o, and of gate, up, down
     trained = 4 * 2 * (128 + 96 + 96 + 128 + 3 * 256)
     assert f'parameters, {trained:,} of them trained' in done.stdout

@@ -5,8 +5,9 @@ import pytest
 import tiktoken
 from conftest import TEXT
 
+from prepare import Piece, read_split, write_data
 from train_tokenizer import (CHAPTER_CORPUS, Tokenizer, bpe_merges, encode_chat, load_tokenizer, train_bpe,
-                             train_lookup)
+                             train_lookup, training_texts)
 
 TEXTS = ['The keeper reads the rules.', '  two  spaces\tand a tab\r\n\r\n', '大模型炼丹术：从零开始。',
          '👩‍👩‍👧‍👦🇨🇳👍🏽', 'def f(x):\n    return {"a": x**2}',
@@ -76,6 +77,77 @@ def test_the_script_reads_jsonl_up_to_a_cap(script, tmp_path):
     assert load_tokenizer(tmp_path / 'words').vocab_size == 300
 
 
+def test_a_limit_below_the_first_piece_cuts_it(tmp_path, capsys):
+    (tmp_path / 'text.txt').write_text(TEXT)
+    assert list(training_texts(tmp_path / 'text.txt', 27, [])) == [TEXT[:27]]
+    assert 'stopped reading at max_bytes = 27' in capsys.readouterr().out
+    pieces = list(training_texts(tmp_path / 'text.txt', len(TEXT), []))
+    assert TEXT.startswith(pieces[0]) and capsys.readouterr().out == ''
+
+
+# ---- a file that others have saved ----
+
+@pytest.fixture
+def edited(tokenizer, tmp_path):
+    """edited(change) is the tokenizer as loaded from a tokenizer.json after change(state, its JSON)."""
+    def load(change):
+        state = json.loads(tokenizer.backend.to_str())
+        change(state)
+        (tmp_path / 'tokenizer.json').write_text(json.dumps(state))
+        return load_tokenizer(tmp_path)
+    return load
+
+
+@pytest.mark.parametrize('setting', [
+    {'truncation': dict(direction='Right', max_length=8, strategy='LongestFirst', stride=0)},
+    {'padding': dict(strategy={'Fixed': 500}, direction='Left', pad_to_multiple_of=None, pad_id=0,
+                     pad_type_id=0, pad_token='<|endoftext|>')},
+    {'post_processor': dict(type='RobertaProcessing', sep=['<|im_end|>', 2], cls=['<|im_start|>', 1],
+                            trim_offsets=True, add_prefix_space=True)}])
+def test_nothing_in_the_file_but_text_to_ids_acts(tokenizer, edited, setting):
+    """The first two are what transformers leaves in the file that it saves after one such call."""
+    other = edited(lambda state: state.update(setting))
+    assert other.encode(TEXT) == tokenizer.encode(TEXT) and other.fingerprint == tokenizer.fingerprint
+    assert other.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert encode_chat(other, CHAT) == encode_chat(tokenizer, CHAT)
+
+
+def test_what_changes_ids_changes_the_fingerprint(tokenizer, edited):
+    upper = edited(lambda state: state.update(normalizer=dict(type='Lowercase')))
+    assert upper.encode('A') == tokenizer.encode('a') and upper.fingerprint != tokenizer.fingerprint
+    spaced = edited(lambda state: state['pre_tokenizer'].update(add_prefix_space=True))
+    assert spaced.encode('a') == tokenizer.encode(' a') and spaced.fingerprint != tokenizer.fingerprint
+
+
+def test_dropout_is_refused(edited, capsys):
+    """Byte-pair encoding with dropout gives a text other ids each time."""
+    with pytest.raises(SystemExit) as end:
+        edited(lambda state: state['model'].update(dropout=0.1))
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and 'has dropout=0.1' in line and line.count('\n') == 1
+    edited(lambda state: state['model'].update(dropout=0.0))
+
+
+def test_text_is_no_special_token_where_the_file_does_not_mark_it(tokenizer, edited):
+    text = 'typed: <|im_end|>'
+    other = edited(lambda state: state['added_tokens'][2].update(special=False))
+    assert other.encode(text) == tokenizer.encode(text) and other.im_end == 2
+
+
+@pytest.mark.parametrize('last, dtype', [(400, 'uint16'), (70_000, 'uint32')])
+def test_ids_may_have_holes(tokenizer, edited, tmp_path, last, dtype):
+    """The size is the largest id plus one; an id without a token is no text."""
+    token = tokenizer.backend.id_to_token(349)
+    other = edited(lambda state: state['model']['vocab'].update({token: last}))
+    assert other.vocab_size == last + 1 and other.decode([349, *other.encode('sea')]) == 'sea'
+    text = tokenizer.decode([349]) * 3
+    assert other.encode(text)[0] == last
+    write_data(tmp_path / 'data', other, [Piece('train', text), Piece('val', text)], 'test')
+    tokens = read_split(str(tmp_path / 'data'), 'train').tokens
+    assert tokens.dtype == dtype and tokens.tolist() == [*other.encode(text), other.eot]
+    assert other.fingerprint != tokenizer.fingerprint
+
+
 # ---- GPT-2's ----
 
 def test_gpt2_ids_are_tiktokens(gpt2):
@@ -143,9 +215,12 @@ def test_characters():
     (['--vocab_size=100'], 'byte-level BPE needs 3 special tokens and 256 bytes'),
     (['--input=nowhere.txt'], 'no such file: nowhere.txt'),
     (['--input=blank.txt', '--trace=3'], 'blank.txt holds no word'),
+    (['--input=blank.txt'], 'blank.txt holds no word'),
+    (['--input=sea.txt', '--max_bytes=2'], '--max_bytes=2'),
 ])
 def test_a_mistake_is_one_line(script, tmp_path, args, words):
     (tmp_path / 'blank.txt').write_text(' \n' * 9)
+    (tmp_path / 'sea.txt').write_text('大海', encoding='utf-8')        # three bytes a character
     assert words in script('train_tokenizer.py', *args, code=2, process=True).stderr
 
 
