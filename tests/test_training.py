@@ -351,7 +351,9 @@ if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
     threading.Thread(target=_kill, daemon=True).start()
 """)
     arguments = [*TINY, data, '--max_iters=40', '--eval_interval=10', '--dropout=0.1']
-    out = script('pretrain.py', *arguments, 'killed.py', torchrun=2, restarts=1).stdout
+    # with the store of the ranks that died, torch may let their successors wait for them (its issue 135712)
+    out = script('pretrain.py', *arguments, 'killed.py', torchrun=2, restarts=1,
+                 env={'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}).stdout
     assert out.count('parameters;') == 2 and out.count('step      0 ') == 1
     cut = weights(tmp_path / 'run')
     script('pretrain.py', *arguments, '--out_dir=whole', torchrun=2)
