@@ -414,7 +414,7 @@ def test_a_resumed_cosine_goes_on_where_it_stopped(script, data, tmp_path):
 def test_in_each_stage_what_is_held_out_is_read_without_dropout(stage):
     """Twice the same, equal to the model in evaluation mode, and it goes on training."""
     run = start_run('cpu', 'float32')
-    mask = np.tile(np.array([0] * 4 + [1] * 6, np.uint8), 4)                # ten tokens a document, six targets
+    mask = np.tile(np.array([0] * 4 + [1] * 6, np.uint8), 4)        # ten tokens a document, six targets
     split = Split(np.arange(40, dtype=np.uint16), mask, np.arange(0, 41, 10),
                   np.array([0, 1, 0, 1]))
     sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, dropout=0.5)
