@@ -520,7 +520,7 @@ class MetricsLog:
                     except ValueError:                  # cut short by a crash
                         break
         self.lines = [line for line in self.lines if line['step'] < step]
-        with open(self.path, 'w', encoding='utf-8') as f:
+        with replacing(self.path) as new, open(new, 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(line) + '\n' for line in self.lines)
         if wandb_log:
             import wandb

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from configurator import at_least, between, configure, fail, start_run
 from prepare import data_folder, open_data
-from pretrain import Training, check_sizes, make_optimizers, new_model
+from pretrain import Training, check_shape, make_optimizers, new_model
 from sample import answers, load_run, load_start
 from sft import held_out_loss, last_answers, open_rows, spread, write_report
 from train_tokenizer import load_tokenizer
@@ -171,7 +171,7 @@ def load_models(run, config):
     if config['init_from'] != 'scratch':
         student, tokenizer, checkpoint = load_start(run, config)
     else:
-        check_sizes({**config, **STUDENT})
+        check_shape({**config, **STUDENT})
     if name:
         teacher, its_tokenizer, _ = load_run(name, run.device, block_size=config['block_size'])
         teacher.requires_grad_(False)

@@ -472,7 +472,7 @@ def new_model(config, vocab_size):
         fail(f"{e}; see --n_embd (hidden_size), --n_head, --n_kv_head and the settings of experts")
 
 
-def check_sizes(config):
+def check_shape(config):
     """Refuse a model that can't be made before tokenizer and data are: shapes only, on the meta device."""
     with torch.device('meta'):
         new_model(config, vocab_size=256)
@@ -489,7 +489,7 @@ if __name__ == '__main__':
     if init_from != 'scratch':
         model, tokenizer, checkpoint = load_start(run, config)
     else:
-        check_sizes(config)
+        check_shape(config)
     meta, train, val = open_data(run, dataset, 'pretrain', tokenizer)
     if init_from == 'scratch':
         tokenizer = load_tokenizer(data_folder(dataset))

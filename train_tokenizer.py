@@ -22,7 +22,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from configurator import HERE, at_least, between, configure, fail, make_folder, one_of
+from configurator import HERE, at_least, between, configure, fail, make_folder, one_of, replacing
 
 out_dir = 'out/tokenizer'   # where tokenizer.json and tokenizer_config.json go
 input = ''                  # a file or folder, as prepare.py takes it; '' is the built-in pydoc
@@ -88,13 +88,14 @@ class Tokenizer:
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json; transformers.AutoTokenizer loads the folder too."""
         make_folder(folder)
-        self.backend.save(os.path.join(folder, 'tokenizer.json'))
         config = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
                       eos_token='<|endoftext|>', pad_token='<|endoftext|>')
         if self.im_end is not None:
             config.update(bos_token='<|im_start|>', eos_token='<|im_end|>', chat_template=CHAT_TEMPLATE)
-        with open(os.path.join(folder, 'tokenizer_config.json'), 'w', encoding='utf-8') as f:
-            json.dump(config, f, ensure_ascii=False, indent=2)
+        for name, text in (('tokenizer.json', self.backend.to_str(pretty=True)),
+                           ('tokenizer_config.json', json.dumps(config, ensure_ascii=False, indent=2))):
+            with replacing(os.path.join(folder, name)) as new, open(new, 'w', encoding='utf-8') as f:
+                f.write(text)
 
 
 def load_tokenizer(source):

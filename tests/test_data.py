@@ -192,7 +192,7 @@ def test_a_built_in_set_is_a_file_that_is_written_once(script, tmp_path, tokeniz
     val, meta = read_split(str(tmp_path / 'reason'), 'val'), read_meta(str(tmp_path / 'reason'), 'sft')
     assert [meta['labels'][i] for i in val.labels] == [r['label'] for r in records if r['split'] == 'val']
     assert len(read_split(str(tmp_path / 'reason'), 'train').labels) == meta['train']['documents']
-    line = script(copy / 'prepare.py', *options, '--val_fraction=0.1', code=2).stderr
+    line = script(copy / 'prepare.py', *options, '--val_fraction=0.1', code=2, process=True).stderr
     assert '--val_fraction=0.1: the records of' in line and 'name their split' in line
 
 
@@ -226,7 +226,7 @@ def test_print_text_is_what_would_be_tokenised(script, tmp_path):
     (tmp_path / 'a.txt').write_text('one ' * 99 + 'end')
     (tmp_path / 'b.jsonl').write_text(json.dumps(dict(instruction='Say', input='it', output='\u517b')))
     (tmp_path / 'c.csv').write_text(''.join(f'{label},{label} {i}\n' for label in 'ab' for i in range(3)))
-    lines = [script('prepare.py', f'--input={name}', '--print_text').stdout.splitlines()
+    lines = [script('prepare.py', f'--input={name}', '--print_text', process=True).stdout.splitlines()
              for name in ('a.txt', 'b.jsonl', 'c.csv')]
     texts = [[json.loads(line) for line in some] for some in lines]
     assert ''.join(piece['text'] for piece in texts[0]) == 'one ' * 99 + 'end'

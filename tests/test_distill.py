@@ -158,8 +158,8 @@ def test_every_reason_answer_checks_and_nothing_held_out_was_trained():
 # ---- the run ----
 
 FAST = ['--device=cpu', '--dtype=float32', '--batch_size=4', '--block_size=128', '--log_interval=1',
-        '--max_iters=4', '--eval_interval=2', '--report_size=4', '--max_new_tokens=8', '--n_layer=1',
-        '--n_embd=32']
+        '--max_iters=4', '--eval_interval=2', '--report_size=4', '--max_new_tokens=8']
+SMALL = ['--n_layer=1', '--n_embd=32']          # a student from scratch
 
 
 def test_black_box_on_reason(script, tmp_path, run_folder):
@@ -180,7 +180,8 @@ def test_white_box_and_its_mistakes(script, tmp_path, run_folder):
         for i in range(60)))
     script('prepare.py', '--input=chats.jsonl', f'--tokenizer={run_folder}', '--dataset=./chats',
            '--val_fraction=0.2')
-    start = ['--dataset=./chats', f'--teacher={run_folder}', *FAST, '--report_size=0', '--min_lr=3e-3']
+    start = ['--dataset=./chats', f'--teacher={run_folder}', *FAST, *SMALL, '--report_size=0',
+             '--min_lr=3e-3']
     done = script('distill.py', '--out_dir=whole', *start)
     # alpha 0.5, T 2: the loss is made of the parts printed beside it
     parts = [numbers(pattern, done.stdout)

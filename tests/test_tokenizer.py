@@ -221,7 +221,7 @@ def test_characters():
 def test_a_mistake_is_one_line(script, tmp_path, args, words):
     (tmp_path / 'blank.txt').write_text(' \n' * 9)
     (tmp_path / 'sea.txt').write_text('大海', encoding='utf-8')        # three bytes a character
-    assert words in script('train_tokenizer.py', *args, code=2, process=True).stderr     # prepare.py says it
+    assert words in script('train_tokenizer.py', *args, code=2, process=True).stderr
 
 
 def test_a_broken_tokenizer_is_one_line(tmp_path, capsys):

@@ -12,9 +12,13 @@ import torch
 from conftest import ROOT, TEXT
 
 import configurator
+import dpo
+import finetune_cls
+import pretrain
+import sft
 from configurator import CHECKPOINTS, Run, fail, last_words, load_checkpoint, save_checkpoint, start_run
 from model_minimind import MiniMind, MiniMindConfig
-from prepare import Piece, write_data
+from prepare import Piece, Split, write_data
 from pretrain import Training, learning_rate_at, make_optimizers
 
 TINY = ['--n_layer=1', '--n_head=2', '--n_kv_head=1', '--n_embd=32', '--block_size=32', '--batch_size=4',
@@ -351,9 +355,9 @@ if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
     threading.Thread(target=_kill, daemon=True).start()
 """)
     arguments = [*TINY, data, '--max_iters=40', '--eval_interval=10', '--dropout=0.1']
-    # else torchrun --standalone lets new ranks look for the dead ones now and then (its issue 135712)
-    new_store = {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
-    out = script('pretrain.py', *arguments, 'killed.py', torchrun=2, restarts=1, env=new_store).stdout
+    # with the store of the ranks that died, torch may let their successors wait for them (its issue 135712)
+    out = script('pretrain.py', *arguments, 'killed.py', torchrun=2, restarts=1,
+                 env={'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}).stdout
     assert out.count('parameters;') == 2 and out.count('step      0 ') == 1
     cut = weights(tmp_path / 'run')
     script('pretrain.py', *arguments, '--out_dir=whole', torchrun=2)
@@ -404,3 +408,26 @@ def test_a_resumed_cosine_goes_on_where_it_stopped(script, data, tmp_path):
     script('pretrain.py', '--out_dir=run', '--init_from=resume')
     again = {line['step']: line['lr'] for line in metrics(tmp_path / 'run') if 'lr' in line}
     assert again == rates and len(rates) == 9
+
+
+@pytest.mark.parametrize('stage', ['pretrain', 'sft', 'dpo', 'finetune_cls'])
+def test_in_each_stage_what_is_held_out_is_read_without_dropout(stage):
+    """Twice the same, equal to the model in evaluation mode, and it goes on training."""
+    run = start_run('cpu', 'float32')
+    mask = np.tile(np.array([0] * 4 + [1] * 6, np.uint8), 4)        # ten tokens a document, six targets
+    split = Split(np.arange(40, dtype=np.uint16), mask, np.arange(0, 41, 10),
+                  np.array([0, 1, 0, 1]))
+    sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, dropout=0.5)
+    model = MiniMind(MiniMindConfig(**sizes)).train()
+    if stage == 'finetune_cls':
+        finetune_cls.add_head(model, 2)
+    measure = dict(
+        pretrain=lambda: pretrain.held_out_loss(model, run, split, 8, 2, 100),
+        sft=lambda: sft.held_out_loss(model, run, sft.Rows(split, np.arange(4), 16, 'packed'), 2, 100),
+        dpo=lambda: dpo.log_probs_of(model, run, split, [0, 1], 16, 2, False),
+        finetune_cls=lambda: finetune_cls.predictions(model, run, split, 16)[0])[stage]
+    first, second = measure(), measure()
+    tokens = torch.ones(1, 9, dtype=torch.long)
+    assert model.training and not torch.equal(model(tokens)[0], model(tokens)[0])
+    model.eval()
+    assert np.array_equal(first, second) and np.array_equal(first, measure())
