@@ -145,7 +145,7 @@ def test_characters():
     (['--input=blank.txt', '--trace=3'], 'blank.txt holds no word'),
 ])
 def test_a_mistake_is_one_line(script, tmp_path, args, words):
-    (tmp_path / 'blank.txt').write_text(' \n' * 9)
+    (tmp_path / 'blank.txt').write_text('<|endoftext|>\n' * 9)
     assert words in script('train_tokenizer.py', *args, code=2).stderr
 
 
