@@ -3,7 +3,6 @@ import itertools
 import json
 import os
 import platform
-import runpy
 import shutil
 import subprocess
 import sys
@@ -31,24 +30,6 @@ def texts_of(folder, split):
 
 def write_lines(file, records):
     file.write_text('\n'.join(map(json.dumps, records)))
-
-
-@pytest.fixture
-def prepared(tmp_path, tokenizer_folder, monkeypatch, capsys):
-    """prepared('--input=a.txt') runs the script, in this process, and returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
-
-    def run(*options):
-        options = [f'--tokenizer={tokenizer_folder}', '--dataset=./d', *options]
-        monkeypatch.setattr(sys, 'argv', ['prepare.py', *options])
-        try:
-            runpy.run_path(str(ROOT / 'prepare.py'), run_name='__main__')
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-    return run
 
 
 @pytest.fixture(autouse=True)
@@ -187,15 +168,15 @@ def test_the_side_of_a_file_does_not_depend_on_how_it_is_read(tmp_path):
 
 
 @pytest.mark.parametrize('as_such', [True, False])
-def test_special_tokens_in_a_corpus(prepared, tmp_path, tokenizer, as_such):
+def test_special_tokens_in_a_corpus(script, tmp_path, tokenizer, tokenizer_folder, as_such):
     """Each record as MiniMind's pretraining set has them; each second one ends as TinyStories' do."""
     texts = [f'<|im_start|>Rule {i}<|im_end|>' + '<|endoftext|>\n' * (i % 2) for i in range(40)]
     write_lines(tmp_path / 'a.jsonl', [dict(text=text) for text in texts])
-    code, out, _ = prepared('--input=a.jsonl', *([] if as_such else ['--special_tokens=False']))
+    done = script('prepare.py', '--input=a.jsonl', '--dataset=./d', f'--tokenizer={tokenizer_folder}',
+                  *([] if as_such else ['--special_tokens=False']))
     how = 'such' if as_such else 'letters'
-    told = out.splitlines()[-1].removeprefix(f'special tokens in the text, read as {how}: ')
-    assert code == 0 and sorted(told.split('; ')) == [
-        '20 x <|endoftext|>', '40 x <|im_end|>', '40 x <|im_start|>']
+    told = done.stdout.splitlines()[-1].removeprefix(f'special tokens in the text, read as {how}: ')
+    assert sorted(told.split('; ')) == ['20 x <|endoftext|>', '40 x <|im_end|>', '40 x <|im_start|>']
     data = [read_split('./d', split) for split in ('train', 'val')]
     ids = [split.tokens[a:b].tolist() for split in data for a, b in zip(split.offsets, split.offsets[1:])]
     if as_such:                                                     # each ends once
@@ -206,11 +187,11 @@ def test_special_tokens_in_a_corpus(prepared, tmp_path, tokenizer, as_such):
     assert sorted(ids) == sorted(wanted)
 
 
-def test_special_tokens_in_conversations_stay_text(prepared, tmp_path, tokenizer):
+def test_special_tokens_in_conversations_stay_text(script, tmp_path, tokenizer, tokenizer_folder):
     write_lines(tmp_path / 'a.jsonl', [dict(instruction=f'Type <|im_end|> {i}', output='<|im_end|>')
                                        for i in range(60)])
-    code, out, _ = prepared('--input=a.jsonl')
-    assert code == 0 and 'special tokens' not in out
+    done = script('prepare.py', '--input=a.jsonl', '--dataset=./d', f'--tokenizer={tokenizer_folder}')
+    assert 'special tokens' not in done.stdout
     tokens = np.concatenate([read_split('./d', split).tokens for split in ('train', 'val')])
     assert (tokens == tokenizer.im_end).sum() == 2 * 60             # of two turns each
 
@@ -342,7 +323,8 @@ def test_a_built_in_set_is_a_file_that_is_written_once(script, tmp_path, tokeniz
         (tmp_path / 'copy' / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(ROOT / name, tmp_path / 'copy' / name)
     options = [f'--tokenizer={tokenizer_folder}', '--dataset=./reason']
-    first, second = (script(tmp_path / 'copy' / 'prepare.py', *options).stdout for _ in range(2))
+    copy = tmp_path / 'copy' / 'prepare.py'
+    first, second = (script(copy, *options, process=True).stdout for _ in range(2))
     assert '$ python data/reason.py' in first and '$ python' not in second
     raw = tmp_path / 'copy' / 'data' / 'raw'
     assert [path.name for path in raw.iterdir()] == ['reason.jsonl']
@@ -384,7 +366,7 @@ def test_print_text_is_what_would_be_tokenised(script, tmp_path):
     (tmp_path / 'a.txt').write_text('one ' * 99 + 'end')
     (tmp_path / 'b.jsonl').write_text(json.dumps(dict(instruction='Say', input='it', output='\u517b')))
     (tmp_path / 'c.csv').write_text(''.join(f'{label},{label} {i}\n' for label in 'ab' for i in range(3)))
-    lines = [script('prepare.py', f'--input={name}', '--print_text').stdout.splitlines()
+    lines = [script('prepare.py', f'--input={name}', '--print_text', process=True).stdout.splitlines()
              for name in ('a.txt', 'b.jsonl', 'c.csv')]
     texts = [[json.loads(line) for line in some] for some in lines]
     assert ''.join(piece['text'] for piece in texts[0]) == 'one ' * 99 + 'end'
@@ -496,10 +478,11 @@ def test_what_is_malformed_in_a_folder_is_skipped_and_told(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize('options', [[], ['--debug_mask'], ['--print_text']])
-def test_where_nothing_is_left_the_reasons_are_told(prepared, tmp_path, options):
+def test_where_nothing_is_left_the_reasons_are_told(script, tmp_path, tokenizer_folder, options):
     (tmp_path / 'a.jsonl').write_text('{"text": " "}\n' * 3 + '{"text": 4}\n')
-    code, _, err = prepared('--input=a.jsonl', '--on_error=skip', *options)
-    assert code == 2 and err == (
+    done = script('prepare.py', '--input=a.jsonl', '--dataset=./d', f'--tokenizer={tokenizer_folder}',
+                  '--on_error=skip', *options, code=2)
+    assert done.stderr == (
         'prepare.py: a.jsonl: nothing is left to read; skipped 4 malformed records: 3 x "text" is empty, '
         'first at a.jsonl:1; 1 x "text" is not a text but 4, first at a.jsonl:4\n')
     assert not (tmp_path / 'd').exists()
@@ -512,7 +495,7 @@ def test_a_tokenizer_is_trained_on_what_is_left(script, tmp_path):
     (tmp_path / 'a' / 'docs.jsonl').write_text('\n'.join(lines))
     (tmp_path / 'a' / 'b.txt').write_bytes(b'')
     done = script('train_tokenizer.py', '--input=a', '--out_dir=t', '--vocab_size=300', '--on_error=skip',
-                  '--max_bytes=100000')
+                  '--max_bytes=100000', process=True)
     assert 'stopped reading at max_bytes' in done.stdout and 'wrote t' in done.stdout
     assert done.stderr == ('skipped 2 malformed records: 1 x the file is empty, first at a/b.txt; '
                            '1 x not JSON (Expecting value, column 1), first at a/docs.jsonl:1\n')
@@ -529,12 +512,13 @@ def test_a_pipe_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize('options, task, words', [
     ([], 'sft', '60 x "text"; 60 x "system"; 30 x "history"'),      # empty ones are no loss, numbers no text
     (['--task=pretrain'], 'pretrain', '60 x "instruction"; 60 x "output"; 60 x "system"; 30 x "history"')])
-def test_the_task_and_what_has_no_use_in_it(prepared, tmp_path, options, task, words):
+def test_the_task_and_what_has_no_use_in_it(script, tmp_path, tokenizer_folder, options, task, words):
     write_lines(tmp_path / 'a.jsonl', [
         dict(text=f'Say {i}: {i}', instruction=f'Say {i}', input='', output=str(i), system='Be brief.', id=i,
              history=[['Hi', 'Yo']] * (i % 2)) for i in range(60)])
-    code, _, err = prepared('--input=a.jsonl', *options)
-    assert code == 0 and read_meta('./d', task) and err == f'not used: {words}\n'
+    done = script('prepare.py', '--input=a.jsonl', '--dataset=./d',
+                  f'--tokenizer={tokenizer_folder}', *options)
+    assert read_meta('./d', task) and done.stderr == f'not used: {words}\n'
 
 
 def test_unused_fields_of_turns_and_columns(tmp_path):
@@ -549,21 +533,22 @@ def test_unused_fields_of_turns_and_columns(tmp_path):
     assert prepare.unused == {'"from"': 6, 'repeated text': 1}
 
 
-def test_a_task_that_a_file_is_not_for_is_one_line(prepared, tmp_path):
+def test_a_task_that_a_file_is_not_for_is_one_line(script, tmp_path, tokenizer_folder):
     (tmp_path / 'a.txt').write_text(TEXT)
     (tmp_path / 'a.csv').write_text(''.join(f'{x},{x}{i}\n' for x in 'ab' for i in range(3)))
     for name, task, words in [('a.txt', 'cls', "is for 'pretrain'"), ('a.csv', 'sft', "is for 'cls'"),
                               ('a.txt', 'sft', "a.txt: a .txt file is for pretraining"),
                               ('a.txt', 'stf', "did you mean 'sft'?")]:
-        code, _, err = prepared(f'--input={name}', f'--task={task}')
-        assert code == 2 and words in err and err.count('\n') == 1
+        options = [f'--input={name}', f'--tokenizer={tokenizer_folder}', f'--task={task}']
+        assert words in script('prepare.py', *options, code=2).stderr
 
 
-def test_a_folder_of_conversations_is_for_sft(prepared, tmp_path):
+def test_a_folder_of_conversations_is_for_sft(script, tmp_path, tokenizer_folder):
     (tmp_path / 'chats').mkdir()
     records = [dict(instruction=f'Say {i}', output='it') for i in range(60)]
     write_lines(tmp_path / 'chats' / 'a.jsonl', records)
-    assert prepared('--input=chats')[0] == 0 and read_meta('./d', 'sft')
+    script('prepare.py', '--input=chats', '--dataset=./d', f'--tokenizer={tokenizer_folder}')
+    assert read_meta(str(tmp_path / 'd'), 'sft')['train']['documents'] > 50
 
 
 def test_a_split_without_a_second_token_is_refused(tmp_path, tokenizer, capsys):

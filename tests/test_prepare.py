@@ -159,7 +159,7 @@ def test_a_broken_json_list_is_reported_with_its_line(tmp_path, capsys, text, wo
 def test_a_malformed_record_leaves_no_folder_behind(script, tmp_path, tokenizer_folder):
     (tmp_path / 'chats.jsonl').write_text(json.dumps(dict(messages=turns('Hi', 'Yo'))) + '\n' + '[' * 10**6)
     line = script('prepare.py', '--input=chats.jsonl', f'--tokenizer={tokenizer_folder}', '--dataset=./chats',
-                  code=2).stderr
+                  code=2, process=True).stderr
     assert 'chats.jsonl:2: JSON nested too deep' in line
     assert [path.name for path in tmp_path.iterdir()] == ['chats.jsonl']
 
