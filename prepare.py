@@ -39,7 +39,6 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager, suppress
-from glob import glob
 from typing import NamedTuple
 
 import numpy as np
@@ -160,7 +159,7 @@ def json_lines(file):
     with open(file, 'rb') as f:
         for number, raw in enumerate(f, 1):
             progress.show(f.tell() / size)
-            if raw.strip():
+            if raw.strip(b'\xef\xbb\xbf \t\r\n'):        # which begin with a byte order mark
                 yield f'{file}:{number}', raw
 
 
@@ -334,9 +333,12 @@ def task_of(source, on_error='stop'):
 def files_of(source):
     """The files of a source: itself, or the visible ones of text in a folder. Fails if there is none."""
     if os.path.isdir(source):
-        found = (os.path.join(source, name) for name in glob('**', root_dir=source, recursive=True))
-        files = sorted(file for file in found if not os.path.isdir(file))
-        texts = [file for file in files if ending(file) in ('.txt', '.jsonl', '.json')]
+        files = []
+        for folder, folders, names in os.walk(source):                  # which follows no link to a folder
+            folders[:] = [name for name in folders if name[0] != '.']
+            paths = (os.path.join(folder, name) for name in folders + names if name[0] != '.')
+            files += [path for path in paths if os.path.isfile(path) or os.path.islink(path)]
+        texts = sorted(file for file in files if ending(file) in ('.txt', '.jsonl', '.json'))
         unused.update(f'*{ending(file)} file' for file in set(files) - set(texts))
         return texts or fail(f"{source} holds no .txt, .jsonl or .json file")
     if not os.path.isfile(source):
@@ -362,9 +364,8 @@ def read_pieces(source, task='pretrain', val_fraction=0.05, on_error='stop'):
         split = record['split'] if 'split' in record else side([asked], val_fraction)
         if split not in SPLITS:
             raise ValueError(f'"split" is {json.dumps(split)[:40]}, not one of {", ".join(SPLITS)}')
-        label = record.get('label')
         count_unused(record, {*used, 'split', 'label'})
-        return Piece(split, content, label=label if isinstance(label, str) else '')
+        return Piece(split, content, label=label if isinstance(label := record.get('label'), str) else '')
 
     files, piece = files_of(source), None
     for file in files:
@@ -694,7 +695,6 @@ if __name__ == '__main__':
     if +found:
         print(f"special tokens in the text, read as {'such' if special_tokens else 'letters'}: "
               f"{listed((+found).items())}")
-    if unused:
-        print(f"not used: {listed(unused.items())}", file=sys.stderr)
-    if malformed.count:
-        print(skipped()[2:], file=sys.stderr)
+    for line in (unused and f"not used: {listed(unused.items())}", skipped()[2:]):
+        if line:
+            print(line, file=sys.stderr)

@@ -442,6 +442,7 @@ def test_malformed_lines_can_be_skipped_and_are_counted(script, tmp_path, tokeni
 
 FOLDER = {'docs.jsonl': b'{"text": "one"}\r\n{"text": \n{"text": "two"}\n[3]\n{"text": 4}\n[5]\n',
           'bom.jsonl': b'\xef\xbb\xbf{"text": "bom"}\r\n\r\n{"text": "crlf"}\r\n',
+          'blank_bom.jsonl': b'\xef\xbb\xbf\r\n{"text": "after"}\r\n',
           'big.json': b'[{"text": "big", "id": ' + b'7' * 5000 + b'}, {"text": ' + b'7' * 5000 + b'}]',
           'UPPER.TXT': b'upper', 'blank.txt': b' \n', 'empty.txt': b'', 'empty.jsonl': b'',
           'gbk.txt': b'fine\n' + '炼丹'.encode('gbk'), 'dataset_infos.json': b'{"default": {}}',
@@ -455,8 +456,10 @@ def test_what_is_malformed_in_a_folder_is_skipped_and_told(tmp_path, monkeypatch
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(content)
     os.symlink('nowhere', 'gone.txt')
+    os.symlink('.', 'loop')
+    os.mkfifo('pipe.txt')
     pieces = list(read_pieces('.', on_error='skip'))
-    assert sorted(p.content for p in pieces) == ['big', 'bom', 'crlf', 'one', 'two', 'upper']
+    assert sorted(p.content for p in pieces) == ['after', 'big', 'bom', 'crlf', 'one', 'two', 'upper']
     told = skipped().replace('./', '')
     assert told.startswith('; skipped 12 malformed records: ')
     assert sorted(told.partition('records: ')[2].split('; ')) == sorted([
@@ -469,7 +472,7 @@ def test_what_is_malformed_in_a_folder_is_skipped_and_told(tmp_path, monkeypatch
         'dataset_infos.json:1',
         '1 x not JSON (Extra data, column 1), but perhaps a .jsonl file, first at named.json:2',
         '1 x No such file or directory, first at gone.txt'])
-    assert prepare.unused == {'*.csv file': 1, '*.md file': 1}
+    assert prepare.unused == {'*.csv file': 1, '*.md file': 1, '* file': 1}      # the last is a link
     for name in ('blank.txt', 'empty.txt', 'empty.jsonl', 'gbk.txt', 'dataset_infos.json', 'named.json'):
         with pytest.raises(SystemExit, match='2'):
             list(read_pieces(name))
