@@ -396,9 +396,9 @@ def read_txt(file, val_fraction, size=1 << 16, whole=False):
     progress = Progress(f'reading {file}')
     for text in text_parts(file, size):
         if split == 'train' and border < min(length - blank, at + len(text)):
-            # at a white space nearby, or before the < of a special token
-            cut = next((i for i in range(border - at, max(-1, border - at - 200), -1)
-                        if text[i].isspace() or text[i] == '<'), border - at)
+            # at a white space nearby; where there is none, before the < that a special token begins with
+            near = range(border - at, max(-1, border - at - 200), -1)
+            cut = next((i for mark in (str.isspace, '<'.__eq__) for i in near if mark(text[i])), border - at)
             yield Piece('train', text[:cut], ends_document=False)
             split, text, at = 'val', text[cut:], at + cut
         at += len(text)

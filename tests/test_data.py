@@ -67,6 +67,7 @@ def test_pieces_change_no_id(tmp_path, tokenizer, piece):
 @pytest.mark.parametrize('text, held_out', [
     (' '.join(f'word{i}' for i in range(1000)), ' word950'),        # a little more than the last 5%
     (' '.join(f'word{i}' for i in range(1000)) + '\n' * 9000, ' word950'),     # of what is not blank
+    (' '.join(f'a<b{i:03}' for i in range(1000)), ' a<b950'),
     ('炼' * 1900 + '丹' * 100, '丹'),                               # no white space: exactly there
     ('炼' * 1896 + '<|im_end|>' + '丹' * 94, '<|im_end|>')])        # but not inside a special token
 def test_one_file_is_held_out_from_a_white_space_on(tmp_path, tokenizer, text, held_out):
