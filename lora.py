@@ -229,7 +229,12 @@ def load_plain(run, config):
     model, tokenizer, checkpoint = load_start(run, {**config, 'dropout': 0.0})      # that is the adapters'
     if checkpoint and 'adapters' in checkpoint:
         fail(f"{source} holds adapters itself: merge them first, with --out_dir={source} --merge_to=FOLDER")
-    base = os.path.relpath(source, config['out_dir']) if os.path.isdir(source) else source
+    base = source
+    if os.path.isdir(source):
+        try:
+            base = os.path.relpath(source, config['out_dir'])       # so that both may move together
+        except ValueError:                                          # on another drive there is no such path
+            base = os.path.abspath(source)
     return model, tokenizer, dict(base=base, base_fingerprint=fingerprint(model.state_dict()))
 
 

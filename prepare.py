@@ -12,7 +12,8 @@ Prepare data: records of any format -> token ids and mask -> arrays; and read th
 The fields of a record say its task. {"text"} is for pretraining. {"conversations": [{"role", "content"}]} or
 "messages", and {"instruction", "input", "output"}, are for instruction tuning. {"chosen", "rejected"} are for
 preferences: two conversations, or two answers to an "instruction". A table of label and text is for
-classification. A record may name its "split" ('train', 'val' or 'test') and its "label".
+classification. A record may name its "split" ('train', 'val' or 'test') and its "label". What names no split
+is held out by a hash of its text; a .txt file is one document, and of one alone the end is held out.
 A prepared data set is a folder. For each split it holds the documents one after another:
 
     train_tokens.npy    (n,) uint16 or uint32    token ids
@@ -24,11 +25,11 @@ and meta.json, and the tokenizer. The arrays are read with mmap_mode='r', so mem
 corpus. Tokenizer and chat layout come from train_tokenizer.py. (Chapters I-1, I-7, I-8, II-8 to II-12.)
 """
 import atexit
-import codecs
 import csv
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -36,18 +37,22 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
 
 from configurator import HERE, Progress, between, configure, fail, make_folder, one_of
-from train_tokenizer import encode_chat, load_tokenizer
+from train_tokenizer import encode_chat, encode_pair, load_tokenizer, print_mask, text_parts
 
 dataset = ''                # name of the folder in data/, or a path; '' is the input's own name, or pydoc
 input = ''                  # a .txt, .jsonl, .json, .csv or .tsv file, or a folder of text; '' is built in
+task = ''                   # 'pretrain', 'sft', 'dpo' or 'cls'; '' is what the fields of the first record say
 tokenizer = 'out/tokenizer' # folder of a trained tokenizer, or 'gpt2'
 val_fraction = 0.0          # share of the text that is held out; 0 takes the data set's own, mostly 0.05
-on_error = 'stop'           # at a malformed record: 'stop', or 'skip' and count
+special_tokens = True       # pretraining: the tokenizer's special tokens in the text are that; False: letters
+on_error = 'stop'           # at a malformed record or file: 'stop', or 'skip' and count
 balance = True              # labelled text: cut each class down to the size of the smallest
 seed = 1337                 # labelled text: of the split, and of what balance leaves out
 debug_mask = False          # print the first document, token by token with its mask, and stop
@@ -73,21 +78,52 @@ BUILT_IN = {
 # ---- files -> records: a line of .jsonl, an item of a .json list, a row of a table ----
 
 def malformed(where, reason, on_error):
-    """Report a record that cannot be used: end the run, or count it in malformed.count."""
+    """Report input that cannot be used: end the run, or count it under its reason, with the first place."""
     if on_error == 'stop':
         fail(f"{where}: {reason}; mend it, or pass --on_error=skip")
+    kind = re.sub(r'\d+|(but|among) .*', '', reason)    # without what differs from record to record
+    malformed.reasons.setdefault(kind, [f"{reason}, first at {where}", 0])[1] += 1
     malformed.count += 1
 
 
-malformed.count = 0
+malformed.count, malformed.reasons = 0, {}
+unused = Counter()                              # fields of records, files of a folder, repeated texts
+# no number has a use here, and int() refuses one of thousands of digits
+DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 4000 else float(digits))
+
+
+@contextmanager
+def checking(where, on_error):
+    """An error inside is malformed input. It may say `where` itself."""
+    try:
+        yield
+    except (ValueError, RecursionError, OSError) as e:
+        malformed(getattr(e, 'where', where), reason_of(e), on_error)
 
 
 def reason_of(error):
-    """What is wrong with a record, from the exception that it raised."""
+    """What is wrong with a record or a file, from the exception that it raised."""
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON ({error.msg}, column {error.colno})"
-    kinds = {UnicodeDecodeError: 'not UTF-8: ', RecursionError: 'JSON nested too deep: '}
-    return kinds.get(type(error), '') + str(error)
+        lines = ", but perhaps a .jsonl file" if error.lineno > 1 and error.msg == 'Extra data' else ""
+        return f"not JSON ({error.msg}, column {error.colno}){lines}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
+    nested = 'JSON nested too deep: ' if isinstance(error, RecursionError) else ''
+    return nested + (getattr(error, 'strerror', None) or str(error))
+
+
+def listed(counts):
+    return '; '.join(f"{count:,} x {what}" for what, count in counts)
+
+
+def skipped():
+    """What was malformed, to go on a line with; '' where nothing was."""
+    told = f"; skipped {malformed.count:,} malformed records: {listed(malformed.reasons.values())}"
+    return told if malformed.count else ''
+
+
+def ending(file):
+    return os.path.splitext(file)[1].lower()
 
 
 def read_records(file, parse, on_error='stop'):
@@ -96,19 +132,25 @@ def read_records(file, parse, on_error='stop'):
     where is "file:line", or in a .json list "file, record 3". parse takes a JSON value, or the list [label,
     text] of a table, and raises ValueError with the reason if it is not what it should be.
     """
-    readers = {'.jsonl': json_lines, '.json': json_list, '.csv': table_rows, '.tsv': table_rows}
-    for where, record in readers[os.path.splitext(file)[1]](file):
-        try:
-            result = parse(json.loads(record) if isinstance(record, bytes) else record)
-        except (ValueError, RecursionError) as e:
-            malformed(where, reason_of(e), on_error)
-        else:
-            yield where, result
+    reader = {'.jsonl': json_lines, '.json': json_list}.get(ending(file), table_rows)
+    with checking(file, on_error):
+        if not os.path.getsize(file):
+            raise ValueError("the file is empty")
+        for where, record in reader(file):
+            with checking(where, on_error):
+                if isinstance(record, bytes):
+                    record = DECODER.decode(record.decode('utf-8-sig'))
+                if isinstance(record, ValueError):
+                    raise record
+                yield where, parse(record)
 
 
 def whole_text(file):
     """The text of a UTF-8 file. Ends with file:line if it is not UTF-8."""
-    return ''.join(piece.content for piece in read_txt(file, val_fraction=0))
+    try:
+        return ''.join(text_parts(file))
+    except UnicodeDecodeError as e:
+        fail(f"{e.where}: {reason_of(e)}")
 
 
 def json_lines(file):
@@ -117,52 +159,59 @@ def json_lines(file):
     with open(file, 'rb') as f:
         for number, raw in enumerate(f, 1):
             progress.show(f.tell() / size)
-            if raw.strip():
+            if raw.strip(b'\xef\xbb\xbf \t\r\n'):        # which begin with a byte order mark
                 yield f'{file}:{number}', raw
 
 
 def json_list(file):
     """(where, item) of a .json list. It is held in memory; a .jsonl file is not."""
+    text = ''.join(text_parts(file))
     try:
-        records = json.loads(whole_text(file))
+        records = DECODER.decode(text)
+        if not isinstance(records, list):
+            raise ValueError("not a list; a .json file is a list of records, a .jsonl file a record per line")
     except (ValueError, RecursionError) as e:
-        fail(f"{file}:{getattr(e, 'lineno', 1)}: {reason_of(e)}")
-    if not isinstance(records, list):
-        fail(f"{file}:1: not a list; a .json file holds one list of records, a .jsonl file a record per line")
+        e.where = f"{file}:{getattr(e, 'lineno', 1)}"
+        raise
     for number, record in enumerate(records, 1):
         yield f'{file}, record {number}', record
 
 
 def table_rows(file):
-    """(where, [label, text]) of each row of a .csv or .tsv file.
+    """(where, [label, text]) of each row of a .csv or .tsv file, or the error in place of a row.
 
     A first line that names the columns label and text is a header, in any order and among others; without one
-    the label stands first. A .csv follows RFC 4180: quotes may hold commas, lines and doubled quotes. In a
-    .tsv each line is a record and a quote is a plain character, unless it wraps the whole field as
-    spreadsheets write it. Separators too many belong to the text.
+    the label stands first. A .csv follows RFC 4180: quotes may hold separators, lines and doubled quotes; the
+    first comma, semicolon or tab separates. In a .tsv each line is a record and a quote is a plain character,
+    unless it wraps the whole field as spreadsheets write it. Separators too many belong to the text.
     """
-    text, comma = whole_text(file), file.endswith('.csv')
-    form = dict(strict=True) if comma else dict(delimiter='\t', quoting=csv.QUOTE_NONE)
+    text, is_csv, columns, row = ''.join(text_parts(file)), ending(file) == '.csv', ['label', 'text'], []
+    first = re.search('[,;\t]', re.sub('"[^"]*"', '', text.partition('\n')[0]) + ',')[0] if is_csv else '\t'
+    form = dict(strict=True) if is_csv else dict(quoting=csv.QUOTE_NONE)
     csv.field_size_limit(1 << 30)                       # the library's own is 128 KB
-    rows = csv.reader(io.StringIO(text, newline=''), **form)
-    columns, start = ['label', 'text'], 1
-    try:
-        for row in rows:
-            names = [cell.strip().lower() for cell in row]
-            if start == 1 and {'label', 'text'} <= set(names):
-                columns = names
-            elif any(names):
-                label, at = columns.index('label'), columns.index('text')
-                extra = max(0, len(row) - len(columns))
-                row[at:at + extra + 1] = [(',' if comma else '\t').join(row[at:at + extra + 1])]
-                if not comma:
-                    row = [cell[1:-1].replace('""', '"') if re.fullmatch(r'"([^"]|"")*"', cell) else cell
-                           for cell in row]
-                row += [''] * len(columns)              # a row may be cut short
-                yield f'{file}:{start}', [row[label], row[at]]
-            start = rows.line_num + 1
-    except csv.Error as e:
-        fail(f"{file}:{start}: not a row of {file[-4:]} ({e})")
+    rows = csv.reader(io.StringIO(text, newline=''), delimiter=first, **form)
+    while row is not None:
+        start = rows.line_num + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as e:
+            yield f'{file}:{start}', ValueError(f"not a row of {ending(file)} ({e})")
+            continue
+        names = [cell.strip().lower() for cell in row or ()]
+        if start == 1 and {'label', 'text'} <= set(names):
+            columns = names
+        elif any(names):
+            while len(row) > len(columns) and not row[-1]:
+                row.pop()
+            label, at = columns.index('label'), columns.index('text')
+            extra = max(0, len(row) - len(columns))
+            row[at:at + extra + 1] = [first.join(row[at:at + extra + 1])]
+            if not is_csv:
+                row = [cell[1:-1].replace('""', '"') if re.fullmatch(r'"([^"]|"")*"', cell) else cell
+                       for cell in row]
+            row += [''] * len(columns)                  # a row may be cut short
+            count_unused(dict(zip(columns, row)), TASKS['cls'][2])
+            yield f'{file}:{start}', [row[label], row[at]]
 
 
 # ---- records -> what is encoded ----
@@ -187,20 +236,15 @@ def field_of(record, *wanted):
     raise ValueError(f'no field {names}' + (f" among {', '.join(record)}" if found else ''))
 
 
-def text_of(record):
-    """The text of a record for pretraining."""
-    return check_text(record[field_of(record, 'text')], '"text"')
-
-
 def messages_of(record):
-    """The conversation in a record, as encode_chat takes it. User and assistant take turns, a system message
-    may come first, and the last turn is the assistant's."""
+    """The conversation in a record, as encode_chat takes it, stripped. User and assistant take turns, a
+    system message may come first, and the last turn is the assistant's."""
     field = field_of(record, 'conversations', 'messages', 'instruction')
     if field == 'instruction':
-        question = dict(role='user', content=check_text(record['instruction'], '"instruction"'))
-        if record.get('input'):
-            question['input'] = check_text(record['input'], '"input"')
-        answer = check_text(record[field_of(record, 'output')], '"output"')
+        question = dict(role='user', content=check_text(record['instruction'], '"instruction"').strip())
+        if str(record.get('input') or '').strip():
+            question['input'] = check_text(record['input'], '"input"').strip()
+        answer = check_text(record[field_of(record, 'output')], '"output"').strip()
         return question, dict(role='assistant', content=answer)
     turns, messages = record[field], []
     if not isinstance(turns, list) or not turns:
@@ -209,7 +253,7 @@ def messages_of(record):
         role, content = turn[field_of(turn, 'role')], turn[field_of(turn, 'content')]
         if role not in ('system', 'user', 'assistant'):
             raise ValueError(f"turn {i} has the unknown role {role!r}; there are system, user and assistant")
-        messages.append(dict(role=role, content=check_text(content, f"turn {i}, of the {role},")))
+        messages.append(dict(role=role, content=check_text(content, f"turn {i}, of the {role},").strip()))
         expected = 'assistant' if i > 1 and turns[i - 2]['role'] == 'user' else 'user'
         if role != expected and not (role == 'system' and i == 1):
             raise ValueError(f"turn {i} is the {role}'s, where the {expected}'s is expected")
@@ -221,26 +265,19 @@ def messages_of(record):
 def pair_of(record):
     """(conversation that ends in the chosen answer, rejected answer) of a record: two conversations, or two
     answers to an instruction."""
-    sides = {key: record[field_of(record, key)] for key in ('chosen', 'rejected')}
-    for key, value in sides.items():
-        if 'instruction' in record:
-            sides[key] = messages_of({**record, 'output': check_text(value, f'"{key}"')})
-        else:
-            try:
-                sides[key] = messages_of(dict(messages=value))
-            except ValueError as e:
-                raise ValueError(f'"{key}": {e}') from None
-    (*prompt, chosen), (*other, rejected) = sides['chosen'], sides['rejected']
+    sides = []
+    for key in ('chosen', 'rejected'):
+        value, is_answer = record[field_of(record, key)], 'instruction' in record
+        try:
+            sides.append(messages_of({**record, 'output': value} if is_answer else dict(messages=value)))
+        except ValueError as e:
+            raise ValueError(f'"{key}": {e}') from None
+    (*prompt, chosen), (*other, rejected) = sides
     if prompt != other:
         raise ValueError('"chosen" and "rejected" answer different prompts')
-    if chosen['content'].strip() == rejected['content'].strip():
+    if chosen['content'] == rejected['content']:
         raise ValueError('"chosen" and "rejected" are the same answer')
-    return sides['chosen'], rejected['content']
-
-
-def label_and_text(row):
-    """(label, text) of a row of a table."""
-    return check_text(row[0], 'the label').strip(), check_text(row[1], 'the text').strip()
+    return sides[0], rejected['content']
 
 
 class Piece(NamedTuple):
@@ -258,101 +295,115 @@ def plain_text(content):
     return '\n'.join(m[part] for m in content[0] for part in ('content', 'input') if part in m)
 
 
-def side(content, val_fraction):
-    """'train' or 'val' by a hash of the text, or of the user's first question: so equal texts, and answers to
-    the same question, are on the same side in every run."""
-    if not isinstance(content, str):
-        question = next(m for m in content[0] if m['role'] == 'user')
-        content = question['content'] + question.get('input', '')
-    number = int(hashlib.sha256(content.encode()).hexdigest()[:8], 16)
-    return 'val' if number < val_fraction * 2**32 else 'train'
+def side(texts, val_fraction):
+    """'train' or 'val' by a hash of a text, given in parts: the same in every run. White space counts as one
+    space, and at the ends as none, so texts that differ in nothing else are on one side."""
+    digest = hashlib.sha256()
+    for i, text in enumerate(texts):
+        digest.update((' ' * (i > 0) + ' '.join(text.split())).encode())    # a part begins with white space
+    return 'val' if int(digest.hexdigest()[:8], 16) < val_fraction * 2**32 else 'train'
+
+
+def count_unused(record, used, place=''):
+    """Count the fields of a record, and of the turns in it, that hold text or lists and are not used."""
+    for name, value in record.items() if isinstance(record, dict) else ():
+        if name in used:
+            for turn in value if isinstance(value, list) else ():
+                count_unused(turn, ('role', 'content'), ' of a turn')
+        elif value and isinstance(value, (str, list, dict)):
+            unused[f'"{name}"{place}'] += 1
 
 
 def task_of(source, on_error='stop'):
     """(task, whether the records name their split) of a source: by the ending of its name, and of .jsonl and
-    .json by the fields of the first good record."""
-    if source.endswith(('.csv', '.tsv')):
+    .json by the fields of the first good record. A "text" beside other fields is a copy of them."""
+    files = files_of(source)
+    if ending(files[0]) in ('.csv', '.tsv'):
         return 'cls', False
-    if not source.endswith(('.jsonl', '.json')) or os.path.isdir(source):
-        return 'pretrain', False
-    tasks = dict(chosen='dpo', text='pretrain', conversations='sft', messages='sft', instruction='sft')
-    records = read_records(source, lambda record: (tasks[field_of(record, *tasks)], 'split' in record),
-                           on_error)
-    _, found = next(records, (None, None))
-    malformed.count = 0                             # the reader that follows counts again
-    return found or fail(f"{source} holds no record with one of the fields {', '.join(tasks)}")
+    tasks = dict(chosen='dpo', conversations='sft', messages='sft', instruction='sft', text='pretrain')
+    records = (found for file in files if ending(file) != '.txt' for _, found in read_records(
+        file, lambda record: (tasks[field_of(record, *tasks)], 'split' in record), on_error))
+    found = next(records, '.txt' in map(ending, files) and ('pretrain', False)) or fail(
+        f"{source} holds no record with one of the fields {', '.join(tasks)}{skipped()}")
+    malformed.count, malformed.reasons = 0, {}      # the reader that follows counts again
+    unused.clear()
+    return found
 
 
 def files_of(source):
-    """The files of a source: itself, or those of text in a folder. Ends with one line if there is none, or
-    if it cannot be read."""
-    files = [source]
+    """The files of a source: itself, or the visible ones of text in a folder. Fails if there is none."""
     if os.path.isdir(source):
-        files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names
-                       if name.endswith(('.txt', '.jsonl', '.json')))
-        if not files:
-            fail(f"{source} holds no .txt, .jsonl or .json file")
-    for file in files:
-        if not os.path.isfile(file):
-            fail(f"no such file: {file}")
-        if not file.endswith(('.txt', '.jsonl', '.json', '.csv', '.tsv')):
-            fail(f"{file}: text is read from .txt, .jsonl and .json, labelled text from .csv and .tsv")
-        if not os.path.getsize(file):
-            fail(f"{file} is empty")
-    return files
+        files = []
+        for folder, folders, names in os.walk(source):                  # which follows no link to a folder
+            folders[:] = [name for name in folders if name[0] != '.']
+            paths = (os.path.join(folder, name) for name in folders + names if name[0] != '.')
+            files += [path for path in paths if os.path.isfile(path) or os.path.islink(path)]
+        texts = sorted(file for file in files if ending(file) in ('.txt', '.jsonl', '.json'))
+        unused.update(f'*{ending(file)} file' for file in set(files) - set(texts))
+        return texts or fail(f"{source} holds no .txt, .jsonl or .json file")
+    if not os.path.isfile(source):
+        fail(f"{source} is a pipe, and read more than once: write it into a file" if os.path.exists(source)
+             else f"no such file: {source}")
+    if ending(source) not in ('.txt', '.jsonl', '.json', '.csv', '.tsv'):
+        fail(f"{source}: text is read from .txt, .jsonl and .json, labelled text from .csv and .tsv")
+    return [source]
 
 
 def read_pieces(source, task='pretrain', val_fraction=0.05, on_error='stop'):
     """Yield the Pieces of a .txt, .jsonl or .json file, or of a folder of them, for any task but 'cls'.
 
-    A record that names no split is held out by `side`; of a .txt file, which is one document, the last part
-    is held out. Malformed input ends the run with file:line, or is counted in malformed.count.
+    A record that names no split is held out by `side`, as is a .txt file among others, which is one document;
+    of one alone the last part is held out. Malformed input ends the run with file:line, or is counted.
     """
-    parse, _ = TASKS[task]
+    parse, _, used = TASKS[task]
 
     def piece_of(record):
         content = parse(record)
-        split = record['split'] if 'split' in record else side(content, val_fraction)
+        asked = content if isinstance(content, str) else ''.join(
+            message.get(part, '') for message in content[0][:-1] for part in ('content', 'input'))
+        split = record['split'] if 'split' in record else side([asked], val_fraction)
         if split not in SPLITS:
             raise ValueError(f'"split" is {json.dumps(split)[:40]}, not one of {", ".join(SPLITS)}')
-        label = record.get('label')
-        return Piece(split, content, label=label if isinstance(label, str) else '')
+        count_unused(record, {*used, 'split', 'label'})
+        return Piece(split, content, label=label if isinstance(label := record.get('label'), str) else '')
 
-    for file in files_of(source):
-        if file.endswith('.txt'):
-            yield from read_txt(file, val_fraction)
-        else:
-            yield from (piece for _, piece in read_records(file, piece_of, on_error))
+    files, piece = files_of(source), None
+    for file in files:
+        with checking(file, on_error):
+            if ending(file) != '.txt':
+                pieces = (piece for _, piece in read_records(file, piece_of, on_error))
+            elif task == 'pretrain':
+                pieces = read_txt(file, val_fraction, whole=len(files) > 1)
+            else:
+                raise ValueError(f"a .txt file is for pretraining, and this is for the task {task!r}")
+            for piece in pieces:
+                yield piece
+    if not piece:
+        fail(f"{source}: nothing is left to read{skipped()}")
 
 
-def read_txt(file, val_fraction, size=1 << 16):
-    """Yield a text file as Pieces of about `size` bytes.
-
-    A piece ends where white space follows a word. Tokenizers always split there, so the ids do not depend on
-    the size.
-    """
-    decoder = codecs.getincrementaldecoder('utf-8-sig')()
-    text, line, total, progress = '', 1, os.path.getsize(file), Progress(f'reading {file}')
-    with open(file, 'rb') as f:
-        for split, end in (('train', round(total * (1 - val_fraction))), ('val', total)):
-            while f.tell() < end:
-                raw = f.read(min(size, end - f.tell()))
-                try:
-                    text += decoder.decode(raw, final=f.tell() == total)
-                except UnicodeDecodeError as e:
-                    line += e.object[:e.start].count(10)
-                    fail(f"{file}:{line}: not UTF-8 (byte 0x{e.object[e.start]:02x}); convert the file first")
-                line += raw.count(10)
-                progress.show(f.tell() / total)
-                gap = re.search(r'\s+\S*\Z', text)
-                cut = gap.start() if gap else 0
-                if not cut and len(text) > 16 * size:
-                    cut = len(text)                 # a megabyte without white space
-                if cut:
-                    yield Piece(split, text[:cut], ends_document=False)
-                    text = text[cut:]
-            yield Piece(split, text)
-            text = ''
+def read_txt(file, val_fraction, size=1 << 16, whole=False):
+    """Yield a text file, which is one document, as Pieces of about `size` bytes. Its end is held out, or with
+    `whole` all of it, by `side`. It is read twice, so that a malformed file gives no Piece at all."""
+    length = blank = 0
+    for text in text_parts(file, size):
+        length, blank = length + len(text), len(text) - len(text.rstrip())
+    if length == blank:
+        raise ValueError("the file is empty")
+    split, border, at = 'train', round((length - blank) * (1 - val_fraction)), 0
+    if whole:
+        split, border = side(text_parts(file, size), val_fraction), length
+    progress = Progress(f'reading {file}')
+    for text in text_parts(file, size):
+        if split == 'train' and border < min(length - blank, at + len(text)):
+            # at a white space nearby; where there is none, before the < that a special token begins with
+            near = range(border - at, max(-1, border - at - 200), -1)
+            cut = next((i for mark in (str.isspace, '<'.__eq__) for i in near if mark(text[i])), border - at)
+            yield Piece('train', text[:cut], ends_document=False)
+            split, text, at = 'val', text[cut:], at + cut
+        at += len(text)
+        progress.show(at / length)
+        yield Piece(split, text, ends_document=at == length)
 
 
 def read_labelled(source, balance=True, seed=1337, on_error='stop'):
@@ -362,27 +413,23 @@ def read_labelled(source, balance=True, seed=1337, on_error='stop'):
     balance, the larger classes are cut at random to the smallest. Each class is dealt out 70 / 10 / 20 to
     train, val and test.
     """
-    seen, classes, repeated = {}, {}, 0
-    for where, (label, text) in read_records(source, label_and_text, on_error):
+    seen, classes = {}, {}
+    for where, (label, text) in read_records(source, TASKS['cls'][0], on_error):
         key = ' '.join(text.casefold().split())
-        if key not in seen:
-            seen[key] = label, where, text
+        other, first, its_text = seen.setdefault(key, (label, where, text))
+        if first == where:
             classes.setdefault(label, []).append((where, text))
-            continue
-        other, first, its_text = seen[key]
-        if label != other and text == its_text:
+        elif label != other and text == its_text:
             malformed(where, f"this text has the label {label!r}, but {other!r} at {first}", on_error)
         else:
-            repeated += 1
-    for label, texts in sorted(classes.items()):
-        if len(texts) < 3:
-            times = 'once' if len(texts) == 1 else 'twice'
-            malformed(texts[0][0], f"the label {label!r} is seen {times}, but train, val and test need a text"
-                      f" each (if it stands in a header, that must name label and text)", on_error)
-            del classes[label]
+            unused['repeated text'] += 1
+    for label in [label for label, texts in sorted(classes.items()) if len(texts) < 3]:
+        (first, _), *second = classes.pop(label)
+        malformed(first, f"the label {label!r} is seen {'twice' if second else 'once'}, but train, val and "
+                  "test need one each (if it stands in a header, that must name label and text)", on_error)
     if len(classes) < 2:
         fail(f"{source}: a classifier needs two labels, and here " +
-             (f"is one, {next(iter(classes))!r}" if classes else "is none"))
+             (f"is one, {next(iter(classes))!r}" if classes else "is none") + skipped())
     rng, pieces, smallest = np.random.default_rng(seed), [], min(map(len, classes.values()))
     for label, texts in sorted(classes.items()):
         order = rng.permutation(len(texts))[:smallest if balance else len(texts)]
@@ -390,60 +437,37 @@ def read_labelled(source, balance=True, seed=1337, on_error='stop'):
         splits = ['val'] * n_val + ['test'] * n_test + ['train'] * (len(order) - n_val - n_test)
         pieces += [Piece(split, texts[i][1], label=label) for split, i in zip(splits, order)]
         print(f"label {label!r}: {len(order):,} of {len(texts):,} texts")
-    if repeated:
-        print(f"left out {repeated:,} repeated texts")
     return pieces
 
 
 # ---- what is encoded -> ids and mask: of each task a function, Pieces -> (Piece, ids, mask) ----
 
 def encode_texts(tokenizer, pieces):
-    """For pretraining: each token is a target, and <|endoftext|> ends a document."""
+    """For pretraining: each token is a target, and <|endoftext|> ends a document, if its text has not."""
     for piece, ids in zip(pieces, tokenizer.encode_batch([piece.content for piece in pieces])):
-        ids = ids + [tokenizer.eot] * piece.ends_document
+        ended = piece.content.rstrip().endswith('<|endoftext|>') and tokenizer.eot in ids
+        ids = ids + [tokenizer.eot] * (piece.ends_document and not ended)
         yield piece, ids, [1] * len(ids)
 
 
-def encode_labelled(tokenizer, pieces):
-    """For classification: only the last token is a target, where the classifier reads (chapter I-7)."""
-    for piece, ids, _ in encode_texts(tokenizer, pieces):
-        yield piece, ids, [0] * (len(ids) - 1) + [1]
-
-
 def encode_conversations(tokenizer, pieces):
-    """For instruction tuning: what the assistant says is target."""
+    """For instruction tuning: what the assistant says is target. For preferences: a pair is two documents."""
     for piece in pieces:
-        yield piece, *encode_chat(tokenizer, *piece.content)
+        messages, *other = piece.content
+        documents = encode_pair(tokenizer, messages, *other) if other else [encode_chat(tokenizer, messages)]
+        yield from ((piece, *document) for document in documents)
 
 
-def encode_pairs(tokenizer, pieces):
-    """For preferences: a pair is two documents, chosen and rejected."""
-    for piece in pieces:
-        yield from ((piece, *document) for document in encode_pair(tokenizer, *piece.content))
-
-
-def encode_pair(tokenizer, messages, rejected):
-    """Two answers to one prompt -> [(ids, mask), (ids, mask)] of chosen and rejected (chapter II-10).
-
-    messages  a conversation that ends in the chosen answer; rejected takes its place in the second
-    The prompt is tokenised once, and only the last answer is target: turns before it are the same in both.
-    """
-    prompt, _ = encode_chat(tokenizer, messages[:-1], add_generation_prompt=True)
-    end = tokenizer.eot if tokenizer.im_end is None else tokenizer.im_end
-    answers = [[*tokenizer.encode(text.strip()), end] for text in (messages[-1]['content'], rejected)]
-    return [(prompt + answer, [0] * len(prompt) + [1] * len(answer)) for answer in answers]
-
-
-# task: (record -> what is encoded, (tokenizer, Pieces) -> (Piece, ids, mask) of each document)
-TASKS = dict(pretrain=(text_of, encode_texts), cls=(label_and_text, encode_labelled),
-             sft=(lambda record: (messages_of(record),), encode_conversations), dpo=(pair_of, encode_pairs))
-
-
-def print_mask(tokenizer, ids, mask):
-    """The mask table: each token of a document, and whether it is a target of the loss."""
-    print("position      id  target  token")
-    for i, (token, target) in enumerate(zip(ids, mask)):
-        print(f"{i:8}  {token:6}  {'yes' if target else '-':6}  {tokenizer.decode([token])!r}")
+# task: (record -> what is encoded, (tokenizer, Pieces) -> (Piece, ids, mask) of each document, fields used)
+TASKS = dict(
+    pretrain=(lambda record: check_text(record[field_of(record, 'text')], '"text"'), encode_texts, ['text']),
+    cls=(lambda row: (check_text(row[0], 'the label').strip(), check_text(row[1], 'the text').strip()),
+         # only the last token is a target, where the classifier reads (chapter I-7)
+         lambda *of: ((piece, ids, [0] * (len(ids) - 1) + [1]) for piece, ids, _ in encode_texts(*of)),
+         ['label', 'text']),
+    sft=(lambda record: (messages_of(record),), encode_conversations,
+         ['conversations', 'messages', 'instruction', 'input', 'output']),
+    dpo=(pair_of, encode_conversations, ['chosen', 'rejected', 'instruction', 'input']))
 
 
 # ---- ids and mask -> arrays ----
@@ -468,12 +492,15 @@ class SplitWriter:
         self.write('mask', mask)
         self.count['tokens'] += len(ids)
         self.count['bytes'] += len(plain_text(piece.content).encode())
+        self.last = piece
         if piece.ends_document:
             self.write('offsets', [self.count['tokens']])
             self.count['documents'] += 1
             self.labels.append(piece.label)
 
     def close(self):
+        if not self.last.ends_document:             # the rest of it is held out
+            self.append(Piece('', ''), [], [])
         for field, kind in self.kinds.items():
             with self.files[field] as f:
                 header = dict(descr=kind.str, fortran_order=False, shape=((f.tell() - 128) // kind.itemsize,))
@@ -487,10 +514,11 @@ def write_data(folder, tokenizer, pieces, source, task='pretrain'):
 
     source  the name of a built-in set, or the absolute path of what was read
     """
-    folder = os.path.abspath(folder)
-    if os.path.exists(folder) and not os.path.isfile(os.path.join(folder, 'meta.json')):
+    folder = os.path.realpath(folder)               # behind a link
+    used = os.listdir(folder) if os.path.isdir(folder) else os.path.exists(folder)
+    if used and not os.path.isfile(os.path.join(folder, 'meta.json')) or os.path.ismount(folder):
         fail(f"{folder} is there, and is no prepared data set: move it, or choose another --dataset")
-    if os.path.isabs(source) and os.path.commonpath([folder, source]) == folder:
+    if os.path.isabs(source) and (os.path.realpath(source) + os.sep).startswith(folder + os.sep):
         fail(f"{source} lies in {folder}, which is written anew: choose another --dataset")
     partial = folder + '.partial'
     shutil.rmtree(partial, ignore_errors=True)
@@ -499,25 +527,23 @@ def write_data(folder, tokenizer, pieces, source, task='pretrain'):
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     writers = {}                                    # of the splits that the Pieces name
 
-    def flush(batch):
-        for piece, ids, mask in TASKS[task][1](tokenizer, batch):
-            if piece.split not in writers:
-                writers[piece.split] = SplitWriter(os.path.join(partial, piece.split), dtype)
-            writers[piece.split].append(piece, ids, mask)
-
     batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(plain_text(piece.content))
-        if size > 1 << 20:                          # a megabyte at once is enough to keep all cores busy
-            flush(batch)
+    for piece in itertools.chain(pieces, [None]):
+        if piece:
+            batch.append(piece)
+            size += len(plain_text(piece.content))
+        if size > 1 << 20 or not piece:             # a megabyte at once is enough to keep all cores busy
+            for of, ids, mask in TASKS[task][1](tokenizer, batch):
+                if of.split not in writers:
+                    writers[of.split] = SplitWriter(os.path.join(partial, of.split), dtype)
+                writers[of.split].append(of, ids, mask)
             batch, size = [], 0
-    flush(batch)
     labels = sorted({label for writer in writers.values() for label in writer.labels} - {''})
     number = {'': -1, **{label: i for i, label in enumerate(labels)}}
     for split in SPLITS[:3 if task == 'cls' else 2]:
-        if split not in writers or not writers[split].count['bytes']:
-            fail(f"{source}: no document falls into {split!r}; give more text, or another --val_fraction")
+        if split not in writers or writers[split].count['tokens'] < 2:
+            fail(f"{source}: no document falls into {split!r}; give more text, another --val_fraction, or a "
+                 f"single .txt, of which the end is held out{skipped()}")
     for split, writer in writers.items():
         writer.close()
         if labels:
@@ -619,11 +645,11 @@ def open_data(run, dataset, task, tokenizer=''):
 
 
 if __name__ == '__main__':
-    configure(globals(), val_fraction=between(0, 1), on_error=one_of('stop', 'skip'))
+    configure(globals(), val_fraction=between(0, 1), on_error=one_of('stop', 'skip'), task=one_of('', *TASKS))
     if print_text:
         sys.stdout = sys.stderr                     # for anything else that is printed
     folder = data_folder(dataset or os.path.splitext(os.path.basename(input.rstrip('/')))[0] or 'pydoc')
-    name, source = os.path.basename(folder), input
+    name, source, found = os.path.basename(folder), input, Counter()
     if input:
         files_of(input)
     elif name not in BUILT_IN:
@@ -636,27 +662,39 @@ if __name__ == '__main__':
         source = os.path.join(HERE, 'data', file)
         if not os.path.isfile(source):
             run_script(*command.split())
-    task, names_split = task_of(source, on_error)
+    kind, names_split = task_of(source, on_error)
+    if task and task != kind and 'cls' in (task, kind):
+        fail(f"--task={task}: {source} is for {kind!r}; tables are for 'cls', and all else is not")
+    kind = task or kind
     if val_fraction and names_split:
         fail(f"--val_fraction={val_fraction}: the records of {source} name their split themselves")
-    if task == 'cls':
+    if kind == 'cls':
         pieces = read_labelled(source, balance, seed, on_error)
     else:
         # chapter I-5 holds out a tenth of its short text, which is two rows
-        pieces = read_pieces(source, task, val_fraction or (0.1 if name == 'verdict' else 0.05), on_error)
+        pieces = read_pieces(source, kind, val_fraction or (0.1 if name == 'verdict' else 0.05), on_error)
+    if kind == 'pretrain' and tokenizer:
+        tokenizer.backend.encode_special_tokens = not special_tokens        # True: as letters
+        special = [t.content for t in tokenizer.backend.get_added_tokens_decoder().values() if t.special]
+        pieces = (found.update({t: piece.content.count(t) for t in special}) or piece for piece in pieces)
     if print_text:
-        for piece in pieces:
-            print(json.dumps(dict(split=piece.split, text=plain_text(piece.content))), file=sys.__stdout__)
-        sys.__stdout__.flush()
+        with suppress(BrokenPipeError):             # the reader has enough
+            for piece in pieces:
+                line = json.dumps(dict(split=piece.split, text=plain_text(piece.content))) + '\n'
+                os.write(sys.__stdout__.fileno(), line.encode())
     elif debug_mask:
-        for _, ids, mask in TASKS[task][1](tokenizer, [next(iter(pieces))]):
+        for _, ids, mask in TASKS[kind][1](tokenizer, [next(iter(pieces))]):
             print_mask(tokenizer, ids, mask)
     else:
-        meta = write_data(folder, tokenizer, pieces, os.path.abspath(input) if input else name, task)
+        meta = write_data(folder, tokenizer, pieces, os.path.abspath(input) if input else name, kind)
         for split in SPLITS:
             if m := meta.get(split):
                 print(f"{split:5} {m['documents']:9,} documents {m['tokens']:13,} tokens "
                       f"{m['bytes']:14,} bytes {m['bytes'] / m['tokens']:5.2f} bytes/token")
         print(f"wrote {folder}")
-    if malformed.count:
-        print(f"skipped {malformed.count:,} malformed records", file=sys.stderr)
+    if +found:
+        print(f"special tokens in the text, read as {'such' if special_tokens else 'letters'}: "
+              f"{listed((+found).items())}")
+    for line in (unused and f"not used: {listed(unused.items())}", skipped()[2:]):
+        if line:
+            print(line, file=sys.stderr)

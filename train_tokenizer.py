@@ -11,9 +11,11 @@ Byte-pair encoding (Sennrich et al. 2016) starts from single bytes and merges th
 into one new token, again and again, until the vocabulary is full. Every byte is in it, so no text is unknown.
 The training text comes from prepare.py, run as a process, because it knows every format.
 """
+import codecs
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -152,6 +154,32 @@ def byte_level_bpe(vocab, merges, special):
     return backend
 
 
+def text_parts(file, size=1 << 16):
+    """Yield the text of a UTF-8 file in parts of about `size` bytes. UnicodeDecodeError says `where`.
+
+    A part ends where white space follows a word. Tokenizers always split there, so the ids do not depend on
+    the size.
+    """
+    decoder, text, line, raw = codecs.getincrementaldecoder('utf-8-sig')(), '', 1, b' '
+    with open(file, 'rb') as f:
+        while raw:
+            raw = f.read(size)
+            try:
+                text += decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as e:
+                e.where = f"{file}:{line + e.object[:e.start].count(10)}"
+                raise
+            line += raw.count(10)
+            words = text.rsplit(None, 1)
+            cut = len(words[0]) if len(words) == 2 else 0
+            if not cut and len(text) > 16 * size:       # a megabyte of one word; a special token stays whole
+                cut = max(text.rfind('<', len(text) - 64), 0) or len(text)
+            if cut:
+                yield text[:cut]
+                text = text[cut:]
+    yield text
+
+
 # ---- training ----
 
 def train_bpe(texts, vocab_size):
@@ -242,8 +270,9 @@ def training_texts(source, max_bytes, held_out):
                 continue
             text = piece['text'].encode()[:max_bytes - size].decode(errors='ignore')
             size += len(text.encode())
-            words = words or bool(text.strip())
-            yield text
+            parts = re.split('|'.join(map(re.escape, SPECIAL)), text)      # they are no letters to merge
+            words = words or any(part.strip() for part in parts)
+            yield from parts
             if text != piece['text']:
                 print(f"stopped reading at max_bytes = {max_bytes:,}")
                 break                                   # closes the pipe, which ends prepare.py
@@ -330,6 +359,25 @@ def alpaca(tokenizer, messages, add_generation_prompt):
             yield [*tokenizer.encode(content), tokenizer.eot], 1
     if add_generation_prompt:
         yield opening, 0
+
+
+def encode_pair(tokenizer, messages, rejected):
+    """Two answers to one prompt -> [(ids, mask), (ids, mask)] of chosen and rejected (chapter II-10).
+
+    messages  a conversation that ends in the chosen answer; rejected takes its place in the second
+    The prompt is tokenised once, and only the last answer is target: turns before it are the same in both.
+    """
+    prompt, _ = encode_chat(tokenizer, messages[:-1], add_generation_prompt=True)
+    end = tokenizer.eot if tokenizer.im_end is None else tokenizer.im_end
+    answers = [[*tokenizer.encode(text.strip()), end] for text in (messages[-1]['content'], rejected)]
+    return [(prompt + answer, [0] * len(prompt) + [1] * len(answer)) for answer in answers]
+
+
+def print_mask(tokenizer, ids, mask):
+    """The mask table: each token of a document, and whether it is a target of the loss."""
+    print("position      id  target  token")
+    for i, (token, target) in enumerate(zip(ids, mask)):
+        print(f"{i:8}  {token:6}  {'yes' if target else '-':6}  {tokenizer.decode([token])!r}")
 
 
 if __name__ == '__main__':

@@ -1,11 +1,13 @@
 """prepare.py on text: what is read, how it is split and stored, and how malformed input is told."""
 import itertools
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 
 import numpy as np
 import pytest
@@ -13,15 +15,27 @@ import torch
 from conftest import ROOT, TEXT, data_script
 
 import prepare
+import train_tokenizer
 from configurator import Run
-from prepare import Piece, open_data, read_meta, read_pieces, read_split, read_txt, write_data
-from train_tokenizer import load_tokenizer
+from prepare import (Piece, files_of, open_data, read_meta, read_pieces, read_split, read_txt, side, skipped,
+                     write_data)
+from train_tokenizer import load_tokenizer, text_parts
 
 
 def texts_of(folder, split):
     """The documents of a prepared folder, decoded, each with its <|endoftext|>."""
     tokenizer, data = load_tokenizer(folder), read_split(str(folder), split)
     return [tokenizer.decode(data.tokens[a:b].tolist()) for a, b in zip(data.offsets, data.offsets[1:])]
+
+
+def write_lines(file, records):
+    file.write_text('\n'.join(map(json.dumps, records)))
+
+
+@pytest.fixture(autouse=True)
+def nothing_counted():
+    prepare.malformed.count, prepare.malformed.reasons = 0, {}
+    prepare.unused.clear()
 
 
 # ---- plain text ----
@@ -48,6 +62,39 @@ def test_pieces_change_no_id(tmp_path, tokenizer, piece):
     pieces = [p.content for p in read_txt(str(path), val_fraction=0, size=piece)]
     assert ''.join(pieces) == text and len(pieces) > 1
     assert [i for t in pieces for i in tokenizer.encode(t)] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize('text, held_out', [
+    (' '.join(f'word{i}' for i in range(1000)), ' word950'),        # a little more than the last 5%
+    (' '.join(f'word{i}' for i in range(1000)) + '\n' * 9000, ' word950'),     # of what is not blank
+    (' '.join(f'a<b{i:03}' for i in range(1000)), ' a<b950'),
+    ('炼' * 1900 + '丹' * 100, '丹'),                               # no white space: exactly there
+    ('炼' * 1896 + '<|im_end|>' + '丹' * 94, '<|im_end|>')])        # but not inside a special token
+def test_one_file_is_held_out_from_a_white_space_on(tmp_path, tokenizer, text, held_out):
+    (tmp_path / 'a.txt').write_text(text)
+    write_data(str(tmp_path / 'd'), tokenizer, read_pieces(str(tmp_path / 'a.txt')), 'a.txt')
+    train, val = (read_split(str(tmp_path / 'd'), split) for split in ('train', 'val'))
+    begin = text.index(held_out)
+    assert tokenizer.decode(train.tokens) == text[:begin]           # and no <|endoftext|> is learned there
+    assert tokenizer.decode(val.tokens) == text[begin:] + '<|endoftext|>'
+    for split in (train, val):
+        assert split.offsets.tolist() == [0, len(split.tokens)]     # still a whole document
+    assert read_meta(str(tmp_path / 'd'))['train']['documents'] == 1
+
+
+def test_reading_is_linear(tmp_path):
+    (tmp_path / 'a.txt').write_text('name' + ' ' * 200_000 + 'value')
+    start = time.time()
+    assert sum(len(p.content) for p in read_pieces(str(tmp_path / 'a.txt'))) == 200_009
+    assert time.time() - start < 5                                  # it was minutes
+
+
+def test_no_part_of_a_text_ends_inside_a_special_token(tmp_path):
+    text = 'ab<|im_end|>' * 500                                     # and no white space
+    (tmp_path / 'a.txt').write_text(text)
+    parts = list(text_parts(str(tmp_path / 'a.txt'), size=7))
+    assert ''.join(parts) == text and len(parts) > 10
+    assert sum(part.count('<|im_end|>') for part in parts) == 500
 
 
 MEASURE = """
@@ -96,6 +143,77 @@ def test_a_folder_is_read_file_by_file(tmp_path, monkeypatch):
     assert shown == [1, 1, 1]               # each file was read to its end
 
 
+def test_in_a_folder_a_file_is_a_document(tmp_path):
+    texts = [f'Sentence {i} stays\n  whole.' for i in range(60)]
+    for i, text in enumerate(texts):
+        (tmp_path / f'{i:02}.txt').write_text(text)
+        (tmp_path / f'{i:02}b.TXT').write_bytes(f'\ufeff {text} \r\n'.encode())       # its twin
+    documents, begun = [], ''
+    for split, text, ends_document, _ in read_pieces(str(tmp_path), val_fraction=0.3):
+        begun += text
+        if ends_document:
+            documents.append((split, begun.strip()))
+            begun = ''
+    # whole, twins on the same side, and on the side of a record
+    assert documents == [(side([text], 0.3), text) for text in texts for _ in 'ab'] and not begun
+    assert 8 <= [split for split, _ in documents[::2]].count('val') <= 30
+
+
+def test_the_side_of_a_file_does_not_depend_on_how_it_is_read(tmp_path):
+    text = 'one  two\n\nthree ' * 2000 + '\n'
+    (tmp_path / 'a.txt').write_text(text)
+    fractions = [i / 64 for i in range(64)]
+    for size in (100, 1 << 16):
+        sides = [side(text_parts(str(tmp_path / 'a.txt'), size), fraction) for fraction in fractions]
+        assert sides == [side([' '.join(text.split())], fraction) for fraction in fractions]
+
+
+@pytest.mark.parametrize('as_such', [True, False])
+def test_special_tokens_in_a_corpus(script, tmp_path, tokenizer, tokenizer_folder, as_such):
+    """Each record as MiniMind's pretraining set has them; each second one ends as TinyStories' do."""
+    texts = [f'<|im_start|>Rule {i}<|im_end|>' + '<|endoftext|>\n' * (i % 2) for i in range(40)]
+    write_lines(tmp_path / 'a.jsonl', [dict(text=text) for text in texts])
+    done = script('prepare.py', '--input=a.jsonl', '--dataset=./d', f'--tokenizer={tokenizer_folder}',
+                  *([] if as_such else ['--special_tokens=False']))
+    how = 'such' if as_such else 'letters'
+    told = done.stdout.splitlines()[-1].removeprefix(f'special tokens in the text, read as {how}: ')
+    assert sorted(told.split('; ')) == ['20 x <|endoftext|>', '40 x <|im_end|>', '40 x <|im_start|>']
+    data = [read_split('./d', split) for split in ('train', 'val')]
+    ids = [split.tokens[a:b].tolist() for split in data for a, b in zip(split.offsets, split.offsets[1:])]
+    if as_such:                                                     # each ends once
+        wanted = [[tokenizer.im_start, *tokenizer.encode(f'Rule {i}'), tokenizer.im_end, tokenizer.eot,
+                   *tokenizer.encode('\n' * (i % 2))] for i in range(40)]
+    else:
+        wanted = [[*tokenizer.encode(text), tokenizer.eot] for text in texts]
+    assert sorted(ids) == sorted(wanted)
+
+
+def test_special_tokens_in_conversations_stay_text(script, tmp_path, tokenizer, tokenizer_folder):
+    write_lines(tmp_path / 'a.jsonl', [dict(instruction=f'Type <|im_end|> {i}', output='<|im_end|>')
+                                       for i in range(60)])
+    done = script('prepare.py', '--input=a.jsonl', '--dataset=./d', f'--tokenizer={tokenizer_folder}')
+    assert 'special tokens' not in done.stdout
+    tokens = np.concatenate([read_split('./d', split).tokens for split in ('train', 'val')])
+    assert (tokens == tokenizer.im_end).sum() == 2 * 60             # of two turns each
+
+
+def test_a_tokenizer_learns_nothing_from_special_tokens(monkeypatch):
+    class Reader:                                                   # prepare.py --print_text
+        stdout = [json.dumps(dict(split='train', text='one<|im_end|>\ntwo<|endoftext|>'))]
+        wait = staticmethod(lambda: 0)
+
+        def __init__(self, *args, **options):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+    monkeypatch.setattr(subprocess, 'Popen', Reader)
+    assert list(train_tokenizer.training_texts('a', 1000, [])) == ['one', '\ntwo', '']
+
+
 def test_arrays_are_mapped_and_small(tmp_path, tokenizer):
     pieces = [Piece('train', 'one two', ends_document=False), Piece('train', ' three')]
     write_data(str(tmp_path / 'd'), tokenizer, [*pieces, Piece('val', 'four')], 'test')
@@ -127,6 +245,29 @@ def test_only_prepared_data_is_written_over(script, tmp_path, tokenizer_folder):
     assert (tmp_path / 'mine' / 'novel.txt').exists()
     for _ in range(2):                                                  # but that is, again and again
         script('prepare.py', *options, '--dataset=./data')
+
+
+def test_the_data_folder_may_be_empty_or_a_link(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / 'disk').mkdir()                                     # empty
+    os.symlink(tmp_path / 'disk', tmp_path / 'link')
+    for text in ('old', 'new'):
+        pieces = [Piece('train', text), Piece('val', text)]
+        with monkeypatch.context() as other_drive:                  # there commonpath raises
+            other_drive.setattr(os.path, 'commonpath', lambda paths: int('no'))
+            write_data(str(tmp_path / 'link'), tokenizer, pieces, str(tmp_path / 'a'))
+        assert texts_of(tmp_path / 'disk', 'train') == [f'{text}<|endoftext|>']
+    assert (tmp_path / 'link').is_symlink() and sorted(os.listdir(tmp_path)) == ['disk', 'link']
+
+
+def test_a_source_inside_the_data_folder_is_refused(tmp_path, tokenizer, capsys):
+    pieces = [Piece('train', 'a'), Piece('val', 'b')]
+    write_data(str(tmp_path / 'd'), tokenizer, pieces, 'test')
+    os.symlink(tmp_path / 'd', tmp_path / 'link')
+    for source in (tmp_path / 'd' / 'a.txt', tmp_path / 'link' / 'a.txt', tmp_path / 'd'):
+        with pytest.raises(SystemExit):
+            write_data(str(tmp_path / 'd'), tokenizer, pieces, str(source))
+        assert 'which is written anew' in capsys.readouterr().err
+    write_data(str(tmp_path / 'd'), tokenizer, pieces, str(tmp_path / 'dd' / 'a.txt'))
 
 
 # ---- built-in sets: scripts in data/ that write the files a user would bring ----
@@ -264,7 +405,7 @@ FILES = {'empty.txt': b'', 'latin.txt': 'one\ntwo\ncaf\u00e9\n'.encode('latin-1'
 
 @pytest.mark.parametrize('source, words', [
     ('nowhere.txt', ['no such file: nowhere.txt']),
-    ('empty.txt', ['empty.txt is empty']),
+    ('empty.txt', ['empty.txt: the file is empty']),
     ('latin.txt', ['latin.txt:3: not UTF-8', '0xe9']),
     ('a.pdf', ['text is read from .txt, .jsonl and .json']),
     ('broken.jsonl', ['broken.jsonl:2: not JSON', 'column 17', '--on_error=skip']),
@@ -298,6 +439,129 @@ def test_malformed_lines_can_be_skipped_and_are_counted(script, tmp_path, tokeni
     assert not (tmp_path / 'mixed').exists()
     assert 'skipped 2 malformed records' in script('prepare.py', *options, '--on_error=skip').stderr
     assert len(texts_of(tmp_path / 'mixed', 'train') + texts_of(tmp_path / 'mixed', 'val')) == 60
+
+
+FOLDER = {'docs.jsonl': b'{"text": "one"}\r\n{"text": \n{"text": "two"}\n[3]\n{"text": 4}\n[5]\n',
+          'bom.jsonl': b'\xef\xbb\xbf{"text": "bom"}\r\n\r\n{"text": "crlf"}\r\n',
+          'blank_bom.jsonl': b'\xef\xbb\xbf\r\n{"text": "after"}\r\n',
+          'big.json': b'[{"text": "big", "id": ' + b'7' * 5000 + b'}, {"text": ' + b'7' * 5000 + b'}]',
+          'UPPER.TXT': b'upper', 'blank.txt': b' \n', 'empty.txt': b'', 'empty.jsonl': b'',
+          'gbk.txt': b'fine\n' + '炼丹'.encode('gbk'), 'dataset_infos.json': b'{"default": {}}',
+          'named.json': b'{"text": "a"}\n{"text": "b"}\n', 'table.csv': b'a,b', 'notes.md': b'no',
+          '._a.txt': b'\x00\x05\x16', '.git/a.txt': b'no', 'sub/.ipynb_checkpoints/a.txt': b'no'}
+
+
+def test_what_is_malformed_in_a_folder_is_skipped_and_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, content in FOLDER.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(content)
+    os.symlink('nowhere', 'gone.txt')
+    os.symlink('.', 'loop')
+    os.mkfifo('pipe.txt')
+    pieces = list(read_pieces('.', on_error='skip'))
+    assert sorted(p.content for p in pieces) == ['after', 'big', 'bom', 'crlf', 'one', 'two', 'upper']
+    told = skipped().replace('./', '')
+    assert told.startswith('; skipped 12 malformed records: ')
+    assert sorted(told.partition('records: ')[2].split('; ')) == sorted([
+        '1 x not JSON (Expecting value, column 1), first at docs.jsonl:2',
+        '2 x no field "text", first at docs.jsonl:4',
+        '2 x "text" is not a text but Infinity, first at big.json, record 2',
+        '3 x the file is empty, first at blank.txt',
+        '1 x not UTF-8 (byte 0xc1), first at gbk.txt:2',
+        '1 x not a list', 'a .json file is a list of records, a .jsonl file a record per line, first at '
+        'dataset_infos.json:1',
+        '1 x not JSON (Extra data, column 1), but perhaps a .jsonl file, first at named.json:2',
+        '1 x No such file or directory, first at gone.txt'])
+    assert prepare.unused == {'*.csv file': 1, '*.md file': 1, '* file': 1}      # the last is a link
+    for name in ('blank.txt', 'empty.txt', 'empty.jsonl', 'gbk.txt', 'dataset_infos.json', 'named.json'):
+        with pytest.raises(SystemExit, match='2'):
+            list(read_pieces(name))
+        line = capsys.readouterr().err
+        assert line.count('\n') == 1 and f'{name}:' in line and '--on_error=skip' in line
+
+
+@pytest.mark.parametrize('options', [[], ['--debug_mask'], ['--print_text']])
+def test_where_nothing_is_left_the_reasons_are_told(script, tmp_path, tokenizer_folder, options):
+    (tmp_path / 'a.jsonl').write_text('{"text": " "}\n' * 3 + '{"text": 4}\n')
+    done = script('prepare.py', '--input=a.jsonl', '--dataset=./d', f'--tokenizer={tokenizer_folder}',
+                  '--on_error=skip', *options, code=2)
+    assert done.stderr == (
+        'prepare.py: a.jsonl: nothing is left to read; skipped 4 malformed records: 3 x "text" is empty, '
+        'first at a.jsonl:1; 1 x "text" is not a text but 4, first at a.jsonl:4\n')
+    assert not (tmp_path / 'd').exists()
+
+
+def test_a_tokenizer_is_trained_on_what_is_left(script, tmp_path):
+    """What was skipped is told even if the reader has enough before the end."""
+    lines = ['{"text": ', *(json.dumps(dict(text=TEXT)) for _ in range(2000))]
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'docs.jsonl').write_text('\n'.join(lines))
+    (tmp_path / 'a' / 'b.txt').write_bytes(b'')
+    done = script('train_tokenizer.py', '--input=a', '--out_dir=t', '--vocab_size=300', '--on_error=skip',
+                  '--max_bytes=100000', process=True)
+    assert 'stopped reading at max_bytes' in done.stdout and 'wrote t' in done.stdout
+    assert done.stderr == ('skipped 2 malformed records: 1 x the file is empty, first at a/b.txt; '
+                           '1 x not JSON (Expecting value, column 1), first at a/docs.jsonl:1\n')
+
+
+def test_a_pipe_is_one_line(tmp_path, capsys):
+    os.mkfifo(tmp_path / 'a.jsonl')
+    for source in (tmp_path / 'a.jsonl', '/dev/null'):
+        with pytest.raises(SystemExit, match='2'):
+            files_of(str(source))
+        assert f'{source} is a pipe, and read more than once: write it into a file' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('options, task, words', [
+    ([], 'sft', '60 x "text"; 60 x "system"; 30 x "history"'),      # empty ones are no loss, numbers no text
+    (['--task=pretrain'], 'pretrain', '60 x "instruction"; 60 x "output"; 60 x "system"; 30 x "history"')])
+def test_the_task_and_what_has_no_use_in_it(script, tmp_path, tokenizer_folder, options, task, words):
+    write_lines(tmp_path / 'a.jsonl', [
+        dict(text=f'Say {i}: {i}', instruction=f'Say {i}', input='', output=str(i), system='Be brief.', id=i,
+             history=[['Hi', 'Yo']] * (i % 2)) for i in range(60)])
+    done = script('prepare.py', '--input=a.jsonl', '--dataset=./d',
+                  f'--tokenizer={tokenizer_folder}', *options)
+    assert read_meta('./d', task) and done.stderr == f'not used: {words}\n'
+
+
+def test_unused_fields_of_turns_and_columns(tmp_path):
+    turns = [dict(role='user', content='Hi'), dict(role='assistant', content='Yo', reasoning_content='Hm')]
+    write_lines(tmp_path / 'a.jsonl', [dict(messages=turns, tools=['t'], label=['x'])] * 3)
+    assert len(list(read_pieces(str(tmp_path / 'a.jsonl'), 'sft'))) == 3
+    assert prepare.unused == {'"reasoning_content" of a turn': 3, '"tools"': 3}
+    prepare.unused.clear()
+    rows = [f'{label},me,{label}{i}' for label in 'ab' for i in range(3)]
+    (tmp_path / 'a.csv').write_text('\n'.join(['label,from,text', *rows, 'a,,A1']))
+    assert len(prepare.read_labelled(str(tmp_path / 'a.csv'))) == 6
+    assert prepare.unused == {'"from"': 6, 'repeated text': 1}
+
+
+def test_a_task_that_a_file_is_not_for_is_one_line(script, tmp_path, tokenizer_folder):
+    (tmp_path / 'a.txt').write_text(TEXT)
+    (tmp_path / 'a.csv').write_text(''.join(f'{x},{x}{i}\n' for x in 'ab' for i in range(3)))
+    for name, task, words in [('a.txt', 'cls', "is for 'pretrain'"), ('a.csv', 'sft', "is for 'cls'"),
+                              ('a.txt', 'sft', "a.txt: a .txt file is for pretraining"),
+                              ('a.txt', 'stf', "did you mean 'sft'?")]:
+        options = [f'--input={name}', f'--tokenizer={tokenizer_folder}', f'--task={task}']
+        assert words in script('prepare.py', *options, code=2).stderr
+
+
+def test_a_folder_of_conversations_is_for_sft(script, tmp_path, tokenizer_folder):
+    (tmp_path / 'chats').mkdir()
+    records = [dict(instruction=f'Say {i}', output='it') for i in range(60)]
+    write_lines(tmp_path / 'chats' / 'a.jsonl', records)
+    script('prepare.py', '--input=chats', '--dataset=./d', f'--tokenizer={tokenizer_folder}')
+    assert read_meta(str(tmp_path / 'd'), 'sft')['train']['documents'] > 50
+
+
+def test_a_split_without_a_second_token_is_refused(tmp_path, tokenizer, capsys):
+    """The first token of a text is nothing that can be predicted."""
+    for text in ('', 'a'):
+        pieces = [Piece('train', 'one two'), Piece('val', text, ends_document=not text)]
+        with pytest.raises(SystemExit, match='2'):
+            write_data(str(tmp_path / 'd'), tokenizer, pieces, 'test')
+        assert "no document falls into 'val'" in capsys.readouterr().err
 
 
 def test_a_source_too_small_to_split_is_one_line(script, tmp_path, tokenizer_folder):

@@ -1,12 +1,14 @@
 """lora.py: adapters are nothing at the start, small, alone on disk, and the same model merged or not."""
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from conftest import numbers
-from lora import (adapter_state, adapters, inject, load_adapted, load_adapter_state, merge, read_peft,
-                  write_peft)
+from configurator import Run
+from lora import (adapter_state, adapters, inject, load_adapted, load_adapter_state, load_plain, merge,
+                  read_peft, write_peft)
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from sample import load_run
@@ -30,6 +32,15 @@ def trained(model):
 @pytest.fixture
 def tokens():
     return torch.randint(300, (3, 20))
+
+
+def test_the_base_may_lie_on_another_drive(run_folder, monkeypatch):
+    run = Run(torch.device('cpu'), torch.float32, 0, 1)
+    config = dict(init_from=str(run_folder), out_dir=str(run_folder.parent / 'a' / 'b'), block_size=64)
+    assert load_plain(run, config)[2]['base'] == f'../../{run_folder.name}'
+    with monkeypatch.context() as other_drive:                  # there relpath raises
+        other_drive.setattr(os.path, 'relpath', lambda *paths: int('no'))
+        assert load_plain(run, config)[2]['base'] == str(run_folder)
 
 
 def test_adapters_are_the_identity_at_the_start(tokens):

@@ -14,6 +14,12 @@ from prepare import HERE, Piece, messages_of, read_labelled, read_meta, read_pie
 from train_tokenizer import ALPACA_PREFACE, encode_chat
 
 
+@pytest.fixture(autouse=True)
+def nothing_counted():
+    prepare.malformed.count, prepare.malformed.reasons = 0, {}
+    prepare.unused.clear()
+
+
 def turns(*contents):
     """user, assistant, user, ..."""
     roles = itertools.cycle(['user', 'assistant'])
@@ -158,6 +164,50 @@ def test_a_malformed_record_leaves_no_folder_behind(script, tmp_path, tokenizer_
     assert [path.name for path in tmp_path.iterdir()] == ['chats.jsonl']
 
 
+# ---- the split ----
+
+def sides_of(tmp_path, records, task='sft', val_fraction=0.3):
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    return [piece.split for piece in read_pieces(str(tmp_path / 'a.jsonl'), task, val_fraction)]
+
+
+def test_conversations_that_open_alike_are_split(tmp_path):
+    chats = [dict(messages=turns('Hello', 'Hello!', f'Price of {i}?', '3')) for i in range(200)]
+    sides = sides_of(tmp_path, chats)
+    assert 40 < sides.count('val') < 80
+
+
+def test_answers_to_one_question_are_on_one_side(tmp_path):
+    """With other white space, too: what is encoded is the same, or nearly."""
+    asked = [(f'Is {i} even?', f' Is {i}  even?\n') for i in range(60)]
+    chats = [dict(messages=turns('Hi', 'Hi!', question, answer))
+             for pair in asked for question in pair for answer in ('Yes.', 'No.')]
+    sides = sides_of(tmp_path, chats)
+    assert sides[::4] == sides[1::4] == sides[2::4] == sides[3::4] and 8 < sides[::4].count('val') < 30
+    pairs = [dict(instruction=question, chosen='Yes', rejected=no)
+             for pair in asked for question in pair for no in ('No', 'Perhaps')]
+    sides = sides_of(tmp_path, pairs, 'dpo')
+    assert sides[::4] == sides[1::4] == sides[2::4] == sides[3::4] and 8 < sides[::4].count('val') < 30
+    texts = [dict(text=question) for pair in asked for question in pair]
+    sides = sides_of(tmp_path, texts, 'pretrain')
+    assert sides[::2] == sides[1::2] and 8 < sides[::2].count('val') < 30
+
+
+def test_no_conversation_is_in_train_and_val_token_for_token(tmp_path, tokenizer):
+    chats = [dict(messages=turns(f'Is {i} even?{end}', f'No.{end}'))
+             for i in range(60) for end in ('', ' ', '\n')]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, chats)))
+    write_data(str(tmp_path / 'd'), tokenizer, read_pieces(str(tmp_path / 'a.jsonl'), 'sft', 0.3), 'a', 'sft')
+    train, val = ({tuple(split.tokens[a:b]) for a, b in zip(split.offsets, split.offsets[1:])}
+                  for split in (read_split(str(tmp_path / 'd'), name) for name in ('train', 'val')))
+    assert len(train) + len(val) == 60 and len(val) > 8
+
+
+def test_prompts_of_a_pair_may_differ_in_white_space_at_the_end():
+    pair = prepare.pair_of(dict(chosen=turns('Hi ', 'Yes'), rejected=turns('Hi', 'No')))
+    assert pair == (tuple(turns('Hi', 'Yes')), 'No')
+
+
 # ---- labelled text ----
 
 def labelled(folder, name, text, **options):
@@ -180,6 +230,27 @@ def test_tables_in_all_their_forms(tmp_path):
                     'b\t"it\tsaid ""so"""\r\nb\t5\r\nb\t6') == {
         ('a', 'one'), ('a', '"two" of "them'), ('a', 'three\tand a tab'), ('b', 'it\tsaid "so"'), ('b', '5'),
         ('b', '6')}
+
+
+@pytest.mark.parametrize('text', [
+    'label;text\r\na;"one; ""two"""\r\na;two, three\r\na;3\r\nb;4\r\nb;5\r\nb;6\r\n',       # Excel
+    'a;"one; ""two"""\na;two, three\na;3\nb;4\nb;5\nb;6\n',
+    'Text\t"label"\n"one; ""two"""\ta\ntwo, three\ta\n3\ta\n4\tb\n5\tb\n6\tb\n',
+    'label,text,,\na,"one; ""two""",,\na,"two, three",,\na,3,,\nb,4,,\nb,5,,\nb,6,,\n',        # Kaggle
+    'a,"one; ""two""",,\na,"two, three",,\na,3,,\nb,4,,\nb,5,,\nb,6,,\n'])
+def test_separators_and_empty_columns_of_a_csv(tmp_path, text):
+    assert labelled(tmp_path, 'A.CSV', '\ufeff' + text) == {
+        ('a', 'one; "two"'), ('a', 'two, three'), ('a', '3'), ('b', '4'), ('b', '5'), ('b', '6')}
+
+
+def test_a_bad_row_of_a_table_is_skipped_alone(tmp_path):
+    long = 'word ' * 30_000                                             # more than csv's own 131,072
+    rows = f'a,1\na,"Free" entry\na,2\na,3\nb,4\nb,5\nb,"{long}"\nb,"7\nb,8'
+    assert labelled(tmp_path, 'a.csv', rows, on_error='skip') == {
+        ('a', '1'), ('a', '2'), ('a', '3'), ('b', '4'), ('b', '5'), ('b', long.strip())}
+    assert prepare.skipped().replace(f'{tmp_path}/', '') == (
+        "; skipped 2 malformed records: 1 x not a row of .csv (',' expected after '\"'), first at a.csv:2; "
+        "1 x not a row of .csv (unexpected end of data), first at a.csv:8")
 
 
 def test_splits_are_70_10_20_of_each_label_and_share_no_text(tmp_path, tokenizer):

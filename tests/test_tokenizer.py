@@ -219,7 +219,7 @@ def test_characters():
     (['--input=sea.txt', '--max_bytes=2'], '--max_bytes=2'),
 ])
 def test_a_mistake_is_one_line(script, tmp_path, args, words):
-    (tmp_path / 'blank.txt').write_text(' \n' * 9)
+    (tmp_path / 'blank.txt').write_text('<|endoftext|>\n' * 9)
     (tmp_path / 'sea.txt').write_text('大海', encoding='utf-8')        # three bytes a character
     assert words in script('train_tokenizer.py', *args, code=2, process=True).stderr
 
