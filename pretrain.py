@@ -28,8 +28,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import (MetricsLog, at_least, clock, configure, fail, make_folder, one_of, restore_rng,
-                          save_checkpoint, start_run)
+from configurator import (MetricsLog, at_least, clock, configure, fail, fits, make_folder, one_of,
+                          restore_rng, save_checkpoint, start_run)
 from prepare import data_folder, open_data
 from sample import MODELS, answers, evaluating, load_start
 from train_tokenizer import load_tokenizer
@@ -113,8 +113,7 @@ class Training:
         self.last, self.first, self.position, self.counted = config['max_iters'], 0, 0, 0
         if config['init_from'] == 'resume':
             self.first, self.position, self.counted = (checkpoint[k] for k in ('step', 'position', 'counted'))
-            for optimizer, state in zip(optimizers, checkpoint['optimizers']):
-                optimizer.load_state_dict(state)
+            restore_optimizers(optimizers, checkpoint['optimizers'])
             if run.dtype == torch.float16 and checkpoint['scaler']:     # {} where the run had no float16
                 self.scaler.load_state_dict(checkpoint['scaler'])
             restore_rng(run, checkpoint['rng'], self.first)
@@ -332,6 +331,24 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay):
                     for (decay, scale), params in own.items()] for own in groups.values())
     optimizers = [torch.optim.AdamW(adamw, lr=learning_rate, betas=(0.9, 0.95), fused=True)] if adamw else []
     return optimizers + ([Muon(muon, learning_rate, weight_decay)] if muon else [])
+
+
+def restore_optimizers(optimizers, saved):
+    """Take over moments from a checkpoint, or one line if they are of other parameters. Groups and rates are
+    those of the settings, which have made the optimizers anew."""
+    fitting = len(saved) == len(optimizers)
+    for optimizer, old in zip(optimizers, saved):
+        shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
+        names = ['momentum_buffer'] if isinstance(optimizer, Muon) else ['step', 'exp_avg', 'exp_avg_sq']
+        fitting = fitting and all(
+            i in range(len(shapes)) and fits(moments, dict.fromkeys(names, torch.Tensor))
+            and all(moments[name].shape == (() if name == 'step' else shapes[i]) for name in names)
+            for i, moments in old['state'].items())
+        if fitting:
+            groups = optimizer.state_dict()['param_groups']
+            optimizer.load_state_dict(dict(state=old['state'], param_groups=groups))
+    if not fitting:
+        fail("the optimizers' state in the checkpoint is not of this model")
 
 
 # ---- batches of text ----
