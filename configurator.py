@@ -14,8 +14,11 @@ current folder. A mistake of the user ends in one line on stderr and exit code 2
 """
 import ast
 import difflib
+import errno
 import fnmatch
+import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -24,20 +27,27 @@ import sys
 import time
 import traceback
 import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.distributed as dist
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+CHECKPOINTS = ('ckpt.pt', 'ckpt_previous.pt')           # of a run: the last one, and the one before it
 
 
-def fail(message):
-    """End the run over a mistake of the user: one line on stderr (from rank 0 only), exit code 2."""
-    if os.environ.get('RANK', '0') == '0':
-        line = ' '.join(message.splitlines())           # a name or a value may hold line ends
-        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
-    sys.exit(2)
+def fail(message, code=2):
+    """End the run with one line on stderr. Exit code 2 is a mistake of the user, 1 a run that went wrong.
+
+    Under torchrun each rank waits as many seconds as its number on the machine: of a mistake that all have,
+    the first to speak is the only one, as torchrun then ends the others.
+    """
+    time.sleep(int(os.environ.get('LOCAL_RANK', 0)))
+    rank = f" (rank {os.environ['RANK']})" if os.environ.get('RANK', '0') != '0' else ''
+    line = ' '.join(message.splitlines())               # a name or a value may hold line ends
+    print(f"{os.path.basename(sys.argv[0])}{rank}: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 # ---- settings ----
@@ -46,6 +56,10 @@ def fail(message):
 
 def at_least(least):
     return lambda value: '' if value >= least else f"must be at least {least}"
+
+
+def above(low):
+    return lambda value: '' if value > low else f"must be more than {low}"
 
 
 def between(low, high):
@@ -62,11 +76,12 @@ def one_of(*values):
 
 # The rules of settings that several stages have. A stage tells `configure` those of its own.
 RULES = dict(dtype=one_of('auto', 'float32', 'bfloat16', 'float16'), optimizer=one_of('adamw', 'muon'),
-             layout=one_of('packed', 'bucketed', 'padded'), dropout=between(0, 1), seed=between(0, 2**62))
+             layout=one_of('packed', 'bucketed', 'padded'), dropout=between(0, 1), seed=between(0, 2**62),
+             min_lr=lambda value: '' if value >= 0 or value == -1 else "must be at least 0, or -1")
 RULES.update(dict.fromkeys(('batch_size', 'gradient_accumulation_steps', 'block_size', 'max_iters', 'n_layer',
                             'eval_interval', 'eval_iters', 'log_interval', 'max_new_tokens', 'n_head',
                             'n_kv_head', 'n_embd'), at_least(1)))
-RULES.update(dict.fromkeys(('learning_rate', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip',
+RULES.update(dict.fromkeys(('learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip',
                             'report_size'), at_least(0)))
 
 # What a resumed run may change. With all other settings its state was made.
@@ -74,19 +89,21 @@ RESUME_MAY_CHANGE = {
     'init_from', 'out_dir', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'report_size',
     'max_new_tokens', 'prompt', 'wandb_log', 'tokenizer', 'batch_size', 'gradient_accumulation_steps',
     'cache_reference', 'learning_rate', 'min_lr', 'warmup_iters', 'grad_clip', 'device', 'dtype', 'compile',
-    'debug_mask', 'classify', 'classify_file', 'merge_to', 'to_peft', 'from_peft'}
+    'always_save_checkpoint', 'debug_mask', 'classify', 'classify_file', 'merge_to', 'to_peft', 'from_peft'}
 
 
-def configure(settings, **rules):
+def configure(settings, only=None, **rules):
     """Override a script's settings from config files and the command line; return them all as a dict.
 
     settings  globals() of the script: every lower-case name that holds a bool, int, float or str is a setting
+    only      {condition: names}: these settings apply only under 'model=gpt2', 'teacher' (it is not empty) or
+              '!chat' (it is)
     rules     what the script's own settings may be: at_least(0), between(0, 1), one_of('a', 'b')
     With init_from='resume' the settings of the interrupted run stand in for the defaults.
     """
-    sys.excepthook = quiet_interrupt
     keys = [k for k, v in settings.items()
             if k.islower() and k[0] != '_' and type(v) in (bool, int, float, str)]
+    sys.excepthook = functools.partial(last_words, keys)
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help(settings, keys)
         sys.exit(0)
@@ -104,27 +121,62 @@ def configure(settings, **rules):
                 give(key, anchored(value), where)
     for key in keys:
         settings[key] = given.get(key, anchored(settings[key]))
-    if settings.get('init_from') == 'resume':
+    if settings.get('init_from') == 'resume' or is_restarted(settings, keys):
         resume_settings(settings, keys, rules, given, places)
+    else:
+        check_apply(settings, places, only or {})
+    if settings.get('min_lr', 0) > settings.get('learning_rate', math.inf):
+        fail(f"min_lr={settings['min_lr']} is above learning_rate={settings['learning_rate']}: the rate "
+             f"would climb; give a lower one, or --min_lr=-1 for a tenth of the rate")
+    if 'max_iters' in keys:                             # it trains: what can be refused, is before any work
+        check_folder(settings['out_dir'])
+    if settings.get('wandb_log') and not importlib.util.find_spec('wandb'):
+        fail("wandb_log=True needs a package: pip install wandb")
     rows = settings.get('batch_size', 1) * settings.get('gradient_accumulation_steps', 1)
     if 'batch_size' in keys and rows < (ranks := int(os.environ.get('WORLD_SIZE', 1))):
         fail(f"batch_size x gradient_accumulation_steps = {rows} rows, but {ranks} ranks want one each")
     return {key: settings[key] for key in keys}
 
 
+def check_apply(settings, places, only):
+    """One line on a setting that was given, but does nothing beside the others."""
+    for condition, names in only.items():
+        key, equals, value = condition.removeprefix('!').partition('=')
+        if equals:
+            applies, words = str(settings[key]) == value, f"only with --{condition}"
+        elif condition[0] == '!':
+            applies, words = not settings[key], f"not with --{key}"
+        else:
+            applies, words = settings[key], f"only with a {key}"
+        for name in names.split():
+            if name in places and not applies:
+                fail(f"{places[name]}: {name} applies {words}")
+
+
+def is_restarted(settings, keys):
+    """Whether torchrun started this run anew after a crash (--max-restarts), and out_dir holds a checkpoint
+    of the same settings to go on from."""
+    path = os.path.join(settings.get('out_dir', ''), 'ckpt.pt')
+    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0' or not os.path.isfile(path):
+        return False
+    checkpoint = load_checkpoint(settings['out_dir'])
+    same = all(checkpoint['settings'].get(key) == settings[key] for key in keys if key != 'init_from')
+    return same and checkpoint['step'] < settings.get('max_iters', 0)
+
+
 def resume_settings(settings, keys, rules, given, places):
     """Take over the settings of the run in out_dir, and refuse what does not go with its state."""
     out_dir, stage = settings['out_dir'], os.path.basename(settings['__file__'])
     checkpoint = load_checkpoint(out_dir)
-    saved = {key: check(settings, keys, rules, key, value, f'{out_dir}/ckpt.pt')
-             for key, value in checkpoint['settings'].items() if key in keys}
     if checkpoint['stage'] != stage:
         fail(f"{out_dir} is no run of {stage} to resume, but one of {checkpoint['stage']}; "
              f"start from it with --init_from={out_dir} and another --out_dir")
+    saved = {key: check(settings, keys, rules, key, value, f'{out_dir}/ckpt.pt')
+             for key, value in checkpoint['settings'].items() if key in keys}
     for key in given:
         if key not in RESUME_MAY_CHANGE and given[key] != saved.get(key, given[key]):
             fail(f"{places[key]}: {out_dir} has {key}={saved[key]}, and a resumed run keeps that")
-    fixed = {*given, 'init_from', 'out_dir'}
+    fixed, settings['init_from'] = {*given, 'init_from', 'out_dir'}, 'resume'
     settings.update({key: value for key, value in saved.items() if key not in fixed})
     if checkpoint['step'] >= settings['max_iters']:
         fail(f"{out_dir} is at step {checkpoint['step']} of max_iters={settings['max_iters']}: raise "
@@ -207,14 +259,26 @@ def print_help(settings, keys):
         print(f"  {key + '=' + repr(settings[key]):32} {comments.get(key, '')}")
 
 
-def quiet_interrupt(kind, error, trace):
-    """Ctrl-C, or a reader that has gone (`| head`), is no reason for a traceback."""
+def last_words(keys, kind, error, trace):
+    """Ctrl-C, a reader that has gone (`| head`), memory or disk that is full: one line, and no traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)
         os._exit(130)
     if issubclass(kind, BrokenPipeError):
         os._exit(141)
+    try:
+        if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            lower = ' or '.join(f'--{key}' for key in MEMORY if key in keys)
+            fail(f"out of memory: lower {lower or 'what is read at once'}", code=1)
+        if issubclass(kind, OSError) and error.errno in DISK:
+            fail(f"{error.filename or 'cannot write'}: {error.strerror}; what is on the disk is whole")
+    except SystemExit as end:
+        os._exit(end.code)
     sys.__excepthook__(kind, error, trace)
+
+
+MEMORY = ('batch_size', 'block_size', 'num_samples', 'max_new_tokens')         # settings that cost memory
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 # ---- device and ranks ----
@@ -245,12 +309,13 @@ class Run:
 
 def start_run(device='auto', dtype='auto', seed=0):
     """Resolve device and dtype, join the other ranks under torchrun, seed torch differently on each rank."""
-    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    rank = int(os.environ.get('RANK', 0)) if world_size > 1 else 0
     if device == 'auto':
         mps = torch.backends.mps.is_available()
         device = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     if device == 'cuda':                                # a device has an index: set_device wants one
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK') or rank % max(1, torch.cuda.device_count())}"
     try:
         torch.zeros(1, device=device).item()            # 'meta' makes tensors, but holds no numbers
         device = torch.device(device)
@@ -283,18 +348,42 @@ def refuse_model(folder, setting):
             fail(f"--{setting}={folder} holds {taken[0]} already: choose another folder, or remove that")
 
 
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as e:
-        fail(f"cannot make the folder {path}: {e.strerror}")
-    if not os.access(path, os.W_OK):
+def check_folder(path):
+    """One line if this folder can't be written to, or made."""
+    there = os.path.abspath(path)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        fail(f"cannot make the folder {path}: {there} is no folder")
+    if not os.access(there, os.W_OK):
         fail(f"cannot write to the folder {path}: permission denied")
 
 
+def make_folder(path):
+    check_folder(path)
+    os.makedirs(path, exist_ok=True)
+
+
+@contextmanager
+def replacing(path, previous=None):
+    """Yield the name of a new file that takes the place of `path` at the end, whole and on the disk; if it
+    can't be written, what was there before stays. previous: what to call that from then on."""
+    partial = f'{path}.tmp'
+    try:
+        yield partial
+        with open(partial, 'rb+') as f:
+            os.fsync(f.fileno())
+        if previous and os.path.exists(path):
+            os.replace(path, previous)
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
 def save_checkpoint(run, out_dir, tokenizer, config, **state):
-    """Write out_dir/ckpt.pt, whole or not at all, and the tokenizer, without which it is of no use. Every
-    rank calls this; rank 0 writes. config: that of the model."""
+    """Write out_dir/ckpt.pt, whole or not at all, and the tokenizer, without which it is of no use; the one
+    before stays as ckpt_previous.pt. Every rank calls this; rank 0 writes. config: that of the model."""
     rng = [torch.get_rng_state()]
     if run.device.type == 'cuda':
         rng.append(torch.cuda.get_rng_state(run.device))
@@ -305,12 +394,9 @@ def save_checkpoint(run, out_dir, tokenizer, config, **state):
         tokenizer.save(out_dir)
         state.update(model_type=config.model_type, model_config=asdict(config), rng=rngs,
                      tokenizer=tokenizer.fingerprint, stage=os.path.basename(sys.argv[0]))
-        path = os.path.join(out_dir, 'ckpt.pt')
-        with open(path + '.tmp', 'wb') as f:
+        path, previous = (os.path.join(out_dir, name) for name in CHECKPOINTS)
+        with replacing(path, previous) as new, open(new, 'wb') as f:
             torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())                        # on the disk before the old file is given up
-        os.replace(path + '.tmp', path)
 
 
 def restore_rng(run, rngs, step):
@@ -341,7 +427,7 @@ KINDS = dict(model_type=str, model_config=dict, tokenizer=str, stage=str, step=i
              rng=[[torch.Tensor]], optimizers=[dict(state=dict)], scaler=dict, position=int, counted=int,
              model=dict, last=dict, labels=[str], best=dict(accuracy=float, loss=float, step=int),
              adapters=dict, lora=dict(rank=int, alpha=float, dropout=float, targets=str),
-             base=str, base_fingerprint=str, reference=str, reference_fingerprint=str)
+             base=str, base_fingerprint=str, reference=str, reference_fingerprint=str, lowest=float)
 
 
 def fits(value, kind):
@@ -384,6 +470,31 @@ def load_checkpoint(out_dir):
     except Exception as e:                      # torch raises many kinds over a file that is not its own
         reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:80]}"
     fail(f"{path} is not a checkpoint of this project ({reason})")
+    """What save_checkpoint wrote, on the CPU; if that is damaged, the one before it, and a line that says so.
+    One line if there is none. The checksums, which torch does not look at, cost 0.4 s per 500 MB."""
+    broken = []
+    for path in (os.path.join(out_dir, name) for name in CHECKPOINTS):
+        if not os.path.isfile(path):
+            continue
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            state = {} if damaged else torch.load(path, map_location='cpu', weights_only=True)
+            wrong = [k for k in KINDS if k in {*ALWAYS, *state} and not fits(state.get(k), KINDS[k])]
+            if not wrong:
+                if broken:
+                    print(f"{broken[0]}; taken is {path}, of step {state['step']:,}", file=sys.stderr)
+                return Checkpoint(state)
+            reason = f"{damaged} in it is damaged" if damaged else f"it holds no {wrong[0]} as it should be"
+        except Exception as e:                  # torch raises many kinds over a file that is not its own
+            reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:80]}"
+        broken.append(f"{path} is not a checkpoint of this project, or damaged ({reason})")
+    if broken:
+        fail(broken[0])
+    stage = os.path.basename(os.path.normpath(out_dir)) + '.py'
+    known = os.path.isfile(os.path.join(HERE, stage))
+    fail(f"no checkpoint {os.path.join(out_dir, 'ckpt.pt')}: " + (
+        f"train first, with `python {stage}`" if known else "name the folder of a run, or train it first"))
 
 
 # ---- files of weights ----
@@ -458,14 +569,14 @@ def write_weights(folder, state):
     """Write {name: tensor} to model.safetensors where that package is installed, else to pytorch_model.bin.
     Whole or not at all: the same file may be mapped into memory as `state`."""
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    path = os.path.join(folder, 'model.safetensors')
     try:
         from safetensors.torch import save_file
-        save_file(state, path + '.tmp', metadata={'format': 'pt'})
     except ImportError:
-        path = os.path.join(folder, 'pytorch_model.bin')
-        torch.save(state, path + '.tmp')
-    os.replace(path + '.tmp', path)
+        with replacing(os.path.join(folder, 'pytorch_model.bin')) as path:
+            torch.save(state, path)
+    else:
+        with replacing(os.path.join(folder, 'model.safetensors')) as path:
+            save_file(state, path, metadata={'format': 'pt'})
 
 
 def build_model(model_class, config, state, source):
@@ -526,13 +637,13 @@ class MetricsLog:
         with open(self.path, 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(line) + '\n' for line in self.lines)
         if wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                fail("wandb_log=True needs a package: pip install wandb")
+            import wandb
             self.wandb = wandb.init(project='from-scratch', name=os.path.basename(out_dir), config=settings)
 
     def write(self, **numbers):
+        """Numbers that are not finite (float16 skips such a step) become null, so that it stays JSON."""
+        numbers = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                   for name, value in numbers.items()}
         self.lines.append(numbers)
         with open(self.path, 'a', encoding='utf-8') as f:
             f.write(json.dumps(numbers) + '\n')

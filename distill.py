@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from configurator import at_least, between, configure, fail, start_run
 from prepare import data_folder, open_data
-from pretrain import Training, make_optimizers, new_model
+from pretrain import Training, check_sizes, make_optimizers, new_model
 from sample import answers, load_run, load_start
 from sft import held_out_loss, last_answers, open_rows, spread, write_report
 from train_tokenizer import load_tokenizer
@@ -35,6 +35,7 @@ init_from = 'scratch'           # the student: 'scratch', 'resume', or a run's o
 teacher = 'out/sft'             # a run's or Hugging Face folder; '' is black box: the data's answers alone
 max_iters = 200                 # optimizer steps
 eval_interval = 50              # save and measure the held-out loss every so many steps
+always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 50                 # batches of held-out conversations to measure on, at most
 log_interval = 10               # print a line every so many steps
 report_size = 48                # held-out conversations to answer for report.json, at the end
@@ -59,7 +60,7 @@ tag_weight = 10.0               # of the tokens of <think>, </think>, <answer>, 
 # the optimizer
 optimizer = 'adamw'             # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
 learning_rate = 3e-3            # highest
-min_lr = 3e-4                   # at the end of the cosine
+min_lr = -1.0                   # at the end of the cosine; -1 is a tenth of learning_rate
 warmup_iters = 20               # steps of linear warmup
 weight_decay = 0.1              # on matrices only
 grad_clip = 1.0                 # longest gradient; 0 is no limit
@@ -68,6 +69,7 @@ device = 'auto'                 # 'auto' takes cuda, then mps, then cpu
 dtype = 'auto'                  # 'float32', 'bfloat16' or 'float16'; 'auto' is bfloat16 where that is fast
 compile = False                 # torch.compile: slow to start, faster on a GPU
 
+STUDENT = dict(model='minimind', qk_norm=True)                      # what new_model asks besides
 TAGS = ('<think>', '</think>', '<answer>', '</answer>')
 WELL_FORMED = re.compile(r'\s*<think>(.+)</think>\s*<answer>(.+)</answer>\s*', re.DOTALL)
 
@@ -168,6 +170,8 @@ def load_models(run, config):
     tokenizer, name = '', config['teacher']
     if config['init_from'] != 'scratch':
         student, tokenizer, checkpoint = load_start(run, config)
+    else:
+        check_sizes({**config, **STUDENT})
     if name:
         teacher, its_tokenizer, _ = load_run(name, run.device, block_size=config['block_size'])
         teacher.requires_grad_(False)
@@ -182,7 +186,9 @@ def load_models(run, config):
 
 
 if __name__ == '__main__':
-    config = configure(globals(), alpha=between(0, 1), temperature=at_least(1e-3), tag_weight=at_least(0))
+    config = configure(globals(), {'teacher': 'alpha temperature',
+                                   'init_from=scratch': 'n_layer n_head n_kv_head n_embd'},
+                       alpha=between(0, 1), temperature=at_least(1e-3), tag_weight=at_least(0))
     run = start_run(device, dtype, seed)
     model, guide, tokenizer, checkpoint = load_models(run, config)
     meta, train, val = open_data(run, dataset, 'sft', tokenizer)
@@ -190,7 +196,7 @@ if __name__ == '__main__':
     if not model:
         torch.manual_seed(seed)                     # the same student, whoever teaches it
         size = guide.config.vocab_size if guide else tokenizer.vocab_size
-        model = new_model({**config, 'model': 'minimind', 'qk_norm': True}, size).to(run.device)
+        model = new_model({**config, **STUDENT}, size).to(run.device)
     rows, val_rows, val_docs, what = open_rows(run, config, train, val)
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
     training = Training(run, config, model, optimizers, tokenizer, checkpoint)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from configurator import at_least, configure, fail, fingerprint, load_checkpoint, start_run
+from configurator import above, configure, fail, fingerprint, load_checkpoint, start_run
 from prepare import Progress, data_folder, open_data, read_split
 from pretrain import Training, make_optimizers, to_device
 from sample import evaluating, load_run, model_of
@@ -36,6 +36,7 @@ out_dir = 'out/dpo'             # where checkpoint, tokenizer, metrics and pictu
 init_from = 'out/sft'           # the folder of the run to start from, which is the reference too, or 'resume'
 max_iters = 200                 # optimizer steps
 eval_interval = 50              # save and measure the held-out pairs every so many steps
+always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 25                 # batches of held-out pairs to measure on, at most
 log_interval = 10               # print a line every so many steps
 seed = 1337                     # of the order of the data
@@ -52,7 +53,7 @@ cache_reference = True          # compute the reference's log-probabilities once
 # the optimizer
 optimizer = 'adamw'             # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
 learning_rate = 3e-4            # highest
-min_lr = 3e-5                   # at the end of the cosine
+min_lr = -1.0                   # at the end of the cosine; -1 is a tenth of learning_rate
 warmup_iters = 20               # steps of linear warmup
 weight_decay = 0.0              # on matrices only
 grad_clip = 1.0                 # longest gradient; 0 is no limit
@@ -194,7 +195,7 @@ def held_out(policy, reference, beta):
 
 
 if __name__ == '__main__':
-    config = configure(globals(), beta=at_least(0))
+    config = configure(globals(), beta=above(0))
     run = start_run(device, dtype, seed)
     checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else None
     source = checkpoint['reference'] if checkpoint else init_from

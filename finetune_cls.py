@@ -54,7 +54,7 @@ dropout = 0.1                   # share of activations dropped while training
 # the optimizer
 optimizer = 'adamw'             # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
 learning_rate = 3e-4            # highest
-min_lr = 3e-5                   # at the end of the cosine
+min_lr = -1.0                   # at the end of the cosine; -1 is a tenth of learning_rate
 warmup_iters = 20               # steps of linear warmup
 weight_decay = 0.1              # on matrices only
 grad_clip = 1.0                 # longest gradient; 0 is no limit
@@ -216,7 +216,9 @@ def load_learner(run, config):
 
 
 if __name__ == '__main__':
-    config = configure(globals(), trainable=one_of('head', 'last', 'all'))
+    config = configure(globals(), {'!classify': 'classify_file init_from dataset block_size',
+                                   '!classify_file': 'init_from dataset block_size'},
+                       trainable=one_of('head', 'last', 'all'))
     run = start_run(device, dtype, seed)
     if any(arg in ('--classify=', '--classify_file=') for arg in sys.argv):
         fail("--classify and --classify_file need a text and a file")

@@ -23,8 +23,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import (at_least, check_weights, configure, fail, fingerprint, load_checkpoint, make_folder,
-                          read_json, refuse_model, save_checkpoint, start_run)
+from configurator import (above, at_least, check_weights, configure, fail, fingerprint, load_checkpoint,
+                          make_folder, read_json, refuse_model, save_checkpoint, start_run)
 from prepare import open_data
 from pretrain import Training, make_optimizers
 from sample import load_base, load_start
@@ -36,6 +36,7 @@ out_dir = 'out/lora'            # where adapters, tokenizer, metrics, picture an
 init_from = 'out/sft'           # the base: a run's or Hugging Face folder, or 'gpt2', ...; or 'resume'
 max_iters = 150                 # optimizer steps
 eval_interval = 50              # save and measure the held-out loss every so many steps
+always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 50                 # batches of held-out conversations to measure on, at most
 log_interval = 10               # print a line every so many steps
 report_size = 48                # held-out conversations to answer for report.json, at the end
@@ -59,7 +60,7 @@ targets = 'all'                 # names of layers, with commas; 'all': those of 
 dropout = 0.0                   # share of an adapter's input dropped while training
 # the optimizer
 learning_rate = 5e-3            # highest
-min_lr = 5e-4                   # at the end of the cosine
+min_lr = -1.0                   # at the end of the cosine; -1 is a tenth of learning_rate
 warmup_iters = 10               # steps of linear warmup
 weight_decay = 0.0              # on A and B
 grad_clip = 1.0                 # longest gradient; 0 is no limit
@@ -297,7 +298,8 @@ def import_peft(run, config, folder):
 
 
 if __name__ == '__main__':
-    config = configure(globals(), rank=at_least(1), alpha=at_least(0))
+    config = configure(globals(), {'!from_peft': 'rank alpha targets dropout'},
+                       rank=at_least(1), alpha=above(0))
     run = start_run(device, dtype, seed)
     if to_peft:
         export_peft(out_dir, to_peft)

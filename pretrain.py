@@ -39,6 +39,7 @@ out_dir = 'out/pretrain'        # where checkpoint, tokenizer, metrics and pictu
 init_from = 'scratch'           # 'scratch', 'resume' (in out_dir), a run's or Hugging Face folder, 'gpt2'
 max_iters = 320                 # optimizer steps
 eval_interval = 160             # save, measure the held-out loss and print a sample every so many steps
+always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 200                # batches of held-out text to measure on, at most
 log_interval = 10               # print a line every so many steps
 prompt = 'def is_'              # what that sample continues
@@ -75,7 +76,7 @@ seq_aux = True                  # balance within each row, not over the micro-ba
 # the optimizer
 optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
 learning_rate = 1e-2            # highest; with AdamW alone 2e-3 is better
-min_lr = 3e-4                   # at the end of the cosine
+min_lr = -1.0                   # at the end of the cosine; -1 is a tenth of learning_rate
 warmup_iters = 20               # steps of linear warmup
 weight_decay = 0.1              # on matrices only
 grad_clip = 1.0                 # longest gradient; 0 is no limit
@@ -110,9 +111,12 @@ class Training:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         self.rows = config['batch_size'] * config['gradient_accumulation_steps']        # of a step
+        self.always_save = config.get('always_save_checkpoint', True)
         self.last, self.first, self.position, self.counted = config['max_iters'], 0, 0, 0
+        self.saved_step, self.lowest, self.norms = None, math.inf, []       # norms: [(step, of its gradient)]
         if config['init_from'] == 'resume':
             self.first, self.position, self.counted = (checkpoint[k] for k in ('step', 'position', 'counted'))
+            self.saved_step, self.lowest = self.first, checkpoint['lowest']
             restore_optimizers(optimizers, checkpoint['optimizers'])
             if run.dtype == torch.float16 and checkpoint['scaler']:     # {} where the run had no float16
                 self.scaler.load_state_dict(checkpoint['scaler'])
@@ -153,23 +157,24 @@ class Training:
             self.step = step
             self.stopping = self.run.sum(self.signal > 0)[0] > 0            # all ranks agree
             if self.stopping:
-                if self.step > self.first:
+                if self.always_save and self.step > self.first:
                     self.save()
                 break
             self.due = self.step % self.config['eval_interval'] == 0 or self.step == self.last
-            self.lr = learning_rate_at(self.step, **{key: self.config[key] for key in (
-                'learning_rate', 'min_lr', 'warmup_iters', 'max_iters')})
+            self.lr = learning_rate_at(self.step, **{key: self.config[key] for key in RATE})
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group['lr'] = self.lr * group['scale']
             self.sums, self.step_began = {}, time.time()
             yield self.step
 
     def evaluated(self, line, **numbers):
-        """Log the numbers of an evaluation, print a line of them, and save."""
+        """Log the numbers of an evaluation, val_loss among them, print a line of them, and save."""
+        self.check_finite(**numbers)
         self.say(f"step {self.step:6,}  {line}")
         if self.run.rank == 0:
             self.log.write(step=self.step, **numbers)
-        if self.step > self.first:
+        is_lowest, self.lowest = numbers['val_loss'] < self.lowest, min(numbers['val_loss'], self.lowest)
+        if self.step > self.first and (self.always_save or is_lowest):
             self.save()
         self.evaluation_seconds = time.time() - self.step_began
         self.mark = self.mark[0] + self.evaluation_seconds, *self.mark[1:]      # it is no time of training
@@ -206,14 +211,37 @@ class Training:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.config['grad_clip'] or math.inf)
+        self.norms.append((self.step, norm))
+        overflow = self.scaler.is_enabled() and not norm.isfinite()     # float16: then no optimizer steps
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            if not overflow:
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         (unit, number), = count.items()
         self.position, self.counted = self.position + self.rows, self.counted + number
         if self.step % self.config['log_interval'] == 0 or self.step == self.last - 1:
+            self.check_finite()
             self.print_line(unit, norm.item())
+
+    def check_finite(self, **losses):
+        """End a run that has diverged, before its weights are saved or logged: one line, exit code 1.
+
+        float16 skips steps of infinite gradients and lowers its scale; it has diverged when that is used up.
+        The norms of the gradients are looked at only here, as a GPU would have to be waited for at each step.
+        """
+        norms, self.norms = self.norms, []
+        found = [(step, f"norm of the gradient is {norm:.2g}") for step, norm in norms if not norm.isfinite()]
+        if self.scaler.is_enabled():
+            found = found[-1:] if self.scaler.get_scale() < 1e-6 else []
+        found += [(self.step, f"{name} is {n}") for name, n in losses.items() if not math.isfinite(n)]
+        if found:
+            step, what = found[0]
+            rate = learning_rate_at(step, **{key: self.config[key] for key in RATE})
+            kept = ("nothing is saved yet: start again" if self.saved_step is None else
+                    f"step {self.saved_step:,} is still good in {self.config['out_dir']}: --init_from=resume")
+            fail(f"step {step:,}: the {what} at a learning rate of {rate:.2e}, the run has diverged; {kept} "
+                 f"with a lower --learning_rate", code=1)
 
     def print_line(self, unit, norm):
         """Log and print the means of the step's sums, the speed since the last line, and the time left."""
@@ -233,10 +261,12 @@ class Training:
                   f"grad norm {norm:.2f}  {speed:,.0f} {unit}/s  {clock(left)} left", flush=True)
 
     def save(self):
+        self.check_finite()
+        self.saved_step = self.step
         save_checkpoint(self.run, self.config['out_dir'], self.tokenizer, self.model.config, step=self.step,
-                        position=self.position, counted=self.counted, settings=self.config,
+                        position=self.position, counted=self.counted, lowest=self.lowest,
                         optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
-                        scaler=self.scaler.state_dict(), **self.saved())
+                        scaler=self.scaler.state_dict(), settings=self.config, **self.saved())
 
     @property
     def finished(self):
@@ -247,10 +277,13 @@ class Training:
         """Draw, say where the result is, and end the process."""
         if self.run.rank == 0:
             self.log.draw()
+        folder, saved = self.config['out_dir'], self.saved_step
         if self.stopping:
-            saved = f"saved in {self.config['out_dir']}; go on with --init_from=resume"
-            self.say(f"stopped at step {self.step:,}; {saved if self.step else 'nothing to save yet'}")
+            state = f"step {saved:,} is saved in {folder}; go on with --init_from=resume"
+            self.say(f"stopped at step {self.step:,}; {'nothing to save yet' if saved is None else state}")
         else:
+            if saved != self.last:
+                self.say(f"step {saved:,} is kept, of the lowest held-out loss {self.lowest:.4f}")
             self.say(f"done in {clock(time.time() - self.began)}; {goodbye}")
         if self.run.world_size > 1:
             self.run.barrier()      # a rank that leaves while rank 0 still draws is aborted by gloo
@@ -258,8 +291,12 @@ class Training:
         sys.exit(128 + self.signal if self.stopping else 0)
 
 
+RATE = ('learning_rate', 'min_lr', 'warmup_iters', 'max_iters')
+
+
 def learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters):
-    """Linear warmup to learning_rate, then half a cosine down to min_lr at max_iters."""
+    """Linear warmup to learning_rate, then half a cosine down to min_lr at max_iters (-1: to a tenth)."""
+    min_lr = learning_rate / 10 if min_lr < 0 else min_lr
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     progress = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
@@ -413,13 +450,21 @@ def mean_loss(model, run, rows, make_batch, batch_size):
 
 # ---- the stage ----
 
+EXPERTS = ('num_experts num_experts_per_tok n_shared_experts moe_intermediate_size norm_topk_prob '
+           'router_aux_loss_coef seq_aux')
+ONLY = {        # settings that apply only under a condition, see configure
+    'init_from=scratch': 'model tokenizer n_layer n_head n_kv_head n_embd intermediate_size qk_norm qkv_bias '
+                         f'positions init_std tie_word_embeddings use_moe {EXPERTS}',
+    'model=minimind': 'n_kv_head intermediate_size qk_norm use_moe',
+    'model=gpt2': 'qkv_bias positions init_std',
+    'use_moe=True': EXPERTS}
+
+
 def new_model(config, vocab_size):
     """The model of the settings, with random weights. Its sizes have the settings' names, or these."""
     names = dict(n_positions='block_size', initializer_range='init_std', hidden_size='n_embd',
                  num_hidden_layers='n_layer', num_attention_heads='n_head', num_key_value_heads='n_kv_head',
                  max_position_embeddings='block_size')
-    if config['model'] == 'gpt2' and config.get('use_moe'):
-        fail("use_moe is for --model=minimind; GPT-2 has no experts")
     model_class, config_class = MODELS[config['model']]
     try:
         sizes = config_class(vocab_size=vocab_size, **{
@@ -433,9 +478,15 @@ def new_model(config, vocab_size):
         fail(f"{e}; see --n_embd (hidden_size), --n_head, --n_kv_head and the settings of experts")
 
 
+def check_sizes(config):
+    """Refuse a model that can't be made before tokenizer and data are: shapes only, on the meta device."""
+    with torch.device('meta'):
+        new_model(config, vocab_size=256)
+
+
 if __name__ == '__main__':
     config = configure(
-        globals(), model=one_of('minimind', 'gpt2'), positions=one_of('learned', 'sinusoidal'),
+        globals(), ONLY, model=one_of('minimind', 'gpt2'), positions=one_of('learned', 'sinusoidal'),
         num_experts=at_least(1), num_experts_per_tok=at_least(1), **{key: at_least(0) for key in (
             'stride', 'init_std', 'intermediate_size', 'moe_intermediate_size', 'n_shared_experts',
             'router_aux_loss_coef')})
@@ -443,6 +494,8 @@ if __name__ == '__main__':
     checkpoint = None
     if init_from != 'scratch':
         model, tokenizer, checkpoint = load_start(run, config)
+    else:
+        check_sizes(config)
     meta, train, val = open_data(run, dataset, 'pretrain', tokenizer)
     if init_from == 'scratch':
         tokenizer = load_tokenizer(data_folder(dataset))

@@ -441,9 +441,13 @@ def export(model, tokenizer, folder):
 
 
 if __name__ == '__main__':
-    configure(globals(), num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0),
-              top_p=between(0, 1), min_p=between(0, 1), repetition_penalty=between(0.1, 10),
-              on_full=one_of('stop', 'slide'), yarn_factor=at_least(1))
+    configure(globals(), {
+        'chat': 'system', '!init_from': 'out_dir',
+        '!export_dir': 'chat start lines num_samples stop show_probs plot',
+        '!chat': 'start lines num_samples stop show_probs plot on_full use_cache'},
+        num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0), top_p=between(0, 1),
+        min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'),
+        yarn_factor=at_least(1))
     if export_dir:
         refuse_model(export_dir, 'export_dir')
     run = start_run(device, dtype, seed)

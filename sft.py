@@ -39,6 +39,7 @@ out_dir = 'out/sft'             # where checkpoint, tokenizer, metrics, picture 
 init_from = 'out/pretrain'      # 'resume' (go on in out_dir), a run's or Hugging Face folder, or 'gpt2', ...
 max_iters = 200                 # optimizer steps
 eval_interval = 50              # save, measure the held-out loss and print an answer every so many steps
+always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 50                 # batches of held-out conversations to measure on, at most
 log_interval = 10               # print a line every so many steps
 report_size = 48                # held-out conversations to answer for report.json, at the end
@@ -57,7 +58,7 @@ dropout = 0.0                   # share of activations dropped while training
 # the optimizer
 optimizer = 'adamw'             # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
 learning_rate = 1e-3            # highest
-min_lr = 1e-4                   # at the end of the cosine
+min_lr = -1.0                   # at the end of the cosine; -1 is a tenth of learning_rate
 warmup_iters = 10               # steps of linear warmup
 weight_decay = 0.1              # on matrices only
 grad_clip = 1.0                 # longest gradient; 0 is no limit
@@ -65,6 +66,9 @@ grad_clip = 1.0                 # longest gradient; 0 is no limit
 device = 'auto'                 # 'auto' takes cuda, then mps, then cpu
 dtype = 'auto'                  # 'float32', 'bfloat16' or 'float16'; 'auto' is bfloat16 where that is fast
 compile = False                 # torch.compile: slow to start, faster on a GPU
+
+
+BUCKET = 64                     # rows of like length that are read one after another
 
 
 # ---- batches ----
@@ -106,10 +110,9 @@ def pack(lengths, block_size, open_rows=64):
 class Rows:
     """The rows of a split, each a list of conversations, in an order that is a function of the seed."""
 
-    def __init__(self, split, docs, block_size, layout, seed=0, per_step=1):
-        """per_step: the rows of a step, which in buckets are of like length"""
+    def __init__(self, split, docs, block_size, layout, seed=0):
         self.split, self.block_size, self.layout = split, block_size, layout
-        self.seed, self.per_step, self.epoch = seed, per_step, None
+        self.seed, self.epoch = seed, None
         docs = np.random.default_rng(seed).permutation(docs)            # neighbours in the file share no row
         self.lengths = np.minimum(np.diff(split.offsets) - 1, block_size)       # inputs of each conversation
         if layout == 'packed':
@@ -118,16 +121,15 @@ class Rows:
             self.rows = [[doc] for doc in docs]
 
     def order(self, epoch):
-        """A permutation of the rows; in buckets, of steps that each have rows of like length."""
+        """A permutation of the rows; in buckets, of groups of BUCKET rows of like length."""
         if epoch != self.epoch:
             rng, n = np.random.default_rng([self.seed, epoch]), len(self.rows)
             self.epoch, self.permutation = epoch, rng.permutation(n)
             if self.layout == 'bucketed':
                 # a little noise, so that a row meets others in the next epoch
                 like = np.argsort(self.lengths[[row[0] for row in self.rows]] * rng.uniform(1, 1.1, n))
-                whole = n - n % self.per_step
-                steps = rng.permutation(like[:whole].reshape(-1, self.per_step))
-                self.permutation = np.concatenate([steps.flatten(), like[whole:]])
+                groups = [like[i:i + BUCKET] for i in range(0, n, BUCKET)]
+                self.permutation = np.concatenate([groups[i] for i in rng.permutation(len(groups))])
         return self.permutation
 
     def read(self, position, n):
@@ -173,8 +175,7 @@ def open_rows(run, config, train, val):
     if not len(docs) or not len(val_docs):
         fail(f"{data_folder(config['dataset'])}: no answer is left within --block_size={block_size} tokens; "
              f"raise it")
-    per_step = config['batch_size'] * config['gradient_accumulation_steps']
-    rows = Rows(train, docs, block_size, layout, config['seed'], per_step)
+    rows = Rows(train, docs, block_size, layout, config['seed'])
     if n_cut and run.rank == 0:
         left_out = len(train.offsets) - 1 - len(docs)
         print(f"{n_cut:,} conversations are cut to block_size={block_size}: {n_lost:,} answers are lost "

@@ -24,7 +24,6 @@ prompt = 'The'
 
 optimizer = 'adamw'
 learning_rate = 6e-4
-min_lr = 6e-5
 warmup_iters = 700
 weight_decay = 0.1
 grad_clip = 1.0

@@ -24,5 +24,4 @@ prompt = '大模型'
 
 optimizer = 'adamw'
 learning_rate = 5e-4
-min_lr = 5e-5
 dtype = 'bfloat16'

@@ -5,6 +5,5 @@ init_from = 'out/sft'
 teacher = ''
 dataset = 'reason'
 learning_rate = 1e-3
-min_lr = 1e-4
 max_iters = 200
 report_size = 200

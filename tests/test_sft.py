@@ -91,19 +91,19 @@ def test_pack_puts_each_once_and_wastes_little():
 @pytest.mark.parametrize('layout', ['packed', 'bucketed', 'padded'])
 def test_an_epoch_reads_each_conversation_once_in_an_order_of_seed_and_step(layout):
     split, docs = random_split(), np.arange(60)
-    rows = Rows(split, docs, 64, layout, seed=3, per_step=4)
+    rows = Rows(split, docs, 64, layout, seed=3)
     whole = len(rows.rows) // 4 * 4
     read = [doc for step in range(whole // 4) for row in rows.read(4 * step, 4) for doc in row]
     assert len(set(read)) == len(read) and (len(rows.rows) != whole or len(read) == 60)
-    again = Rows(split, docs, 64, layout, seed=3, per_step=4)
+    again = Rows(split, docs, 64, layout, seed=3)
     assert all(map(np.array_equal, again.read(4 * 37, 4), rows.read(4 * 37, 4)))    # without those before
-    other = Rows(split, docs, 64, layout, seed=4, per_step=4)
+    other = Rows(split, docs, 64, layout, seed=4)
     assert [list(row) for row in other.read(0, 4)] != [list(row) for row in rows.read(0, 4)]
 
 
 def test_buckets_hold_rows_of_like_length():
     split = random_split(400)
-    rows = Rows(split, np.arange(400), 64, 'bucketed', per_step=8)
+    rows = Rows(split, np.arange(400), 64, 'bucketed')
     steps = [rows.batch(rows.read(8 * step, 8)) for step in range(50)]
     padding = sum((~(x != 0)).sum().item() for x, _, _ in steps) / sum(x.numel() for x, _, _ in steps)
     assert padding < 0.1 and len({x.shape[1] for x, _, _ in steps}) > 10
