@@ -451,25 +451,6 @@ class Checkpoint(dict):
 
 
 def load_checkpoint(out_dir):
-    """What save_checkpoint wrote, on the CPU; one line if there is none, or if it is not as it was written.
-    The checksums, which torch does not look at, cost 0.4 s per 500 MB."""
-    path = os.path.join(out_dir, 'ckpt.pt')
-    if not os.path.isfile(path):
-        stage = os.path.basename(os.path.normpath(out_dir)) + '.py'
-        known = os.path.isfile(os.path.join(HERE, stage))
-        fail(f"no checkpoint {path}: " + (f"train first, with `python {stage}`" if known else
-                                          "name the folder of a run, or train it first"))
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        state = {} if damaged else torch.load(path, map_location='cpu', weights_only=True)
-        wrong = [key for key in KINDS if key in {*ALWAYS, *state} and not fits(state.get(key), KINDS[key])]
-        if not wrong:
-            return Checkpoint(state)
-        reason = f"{damaged} in it is damaged" if damaged else f"it holds no {wrong[0]} as it should be"
-    except Exception as e:                      # torch raises many kinds over a file that is not its own
-        reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:80]}"
-    fail(f"{path} is not a checkpoint of this project ({reason})")
     """What save_checkpoint wrote, on the CPU; if that is damaged, the one before it, and a line that says so.
     One line if there is none. The checksums, which torch does not look at, cost 0.4 s per 500 MB."""
     broken = []
@@ -527,11 +508,15 @@ def check_sizes(config, **highest):
             raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
 
 
+def is_dense(value):
+    """Whether a value is an ordinary tensor, in memory."""
+    return torch.is_tensor(value) and value.layout is torch.strided and not value.is_meta
+
+
 def check_weights(state, source):
     """Raise ValueError, one line, over a value of {name: tensor} that is no tensor of finite real numbers."""
     for name, value in state.items():
-        if not (torch.is_tensor(value) and value.is_floating_point() and value.layout is torch.strided
-                and not value.is_meta):
+        if not is_dense(value) or not value.is_floating_point():
             raise ValueError(f"{source}: {name} is {getattr(value, 'dtype', type(value))}, no weights")
         if value.numel() and not all(map(math.isfinite, value.float().aminmax())):
             raise ValueError(f"{source}: {name} holds NaN or infinity")
@@ -560,7 +545,7 @@ def read_weights(source):
         if twice := weights.keys() & found.keys():
             raise ValueError(f"{file} and another file beside it both hold {min(twice)}: take one away")
         weights.update(found)
-    if others := [n for n, value in weights.items() if not fits({n: value}, {str(n): torch.Tensor})]:
+    if others := [name for name, value in weights.items() if type(name) is not str or not is_dense(value)]:
         raise ValueError(f"{source} holds more than weights: {others[0]!r}, for one")
     return weights
 

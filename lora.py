@@ -203,7 +203,8 @@ def read_peft(model, folder):
             fail(f"{folder}/adapter_config.json: {key} is set, and is not supported here; plain LoRA is")
     state = {name.removeprefix(PEFT_PREFIX).removesuffix('.weight'): t for name, t in state.items()}
     numbers = {key: config.get(key) for key in ('r', 'lora_alpha', 'lora_dropout')}
-    if not all(type(number) in (int, float) for number in numbers.values()) or type(config['r']) is not int:
+    if type(config.get('r')) is not int or any(
+            type(number) not in (int, float) or not abs(number) < 1e12 for number in numbers.values()):
         fail(f"{folder}/adapter_config.json: {numbers} should be three numbers, the first a whole one")
     targets = ','.join(sorted({name.split('.')[-2] for name in state if name.count('.') > 1}))
     how = dict(rank=config['r'], alpha=float(config['lora_alpha']), dropout=float(config['lora_dropout']),

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import (MetricsLog, at_least, clock, configure, fail, fits, make_folder, one_of,
+from configurator import (MetricsLog, at_least, check_weights, clock, configure, fail, make_folder, one_of,
                           restore_rng, save_checkpoint, start_run)
 from prepare import data_folder, open_data
 from sample import MODELS, answers, evaluating, load_start
@@ -373,19 +373,19 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay):
 def restore_optimizers(optimizers, saved):
     """Take over moments from a checkpoint, or one line if they are of other parameters. Groups and rates are
     those of the settings, which have made the optimizers anew."""
-    fitting = len(saved) == len(optimizers)
-    for optimizer, old in zip(optimizers, saved):
-        shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
-        names = ['momentum_buffer'] if isinstance(optimizer, Muon) else ['step', 'exp_avg', 'exp_avg_sq']
-        fitting = fitting and all(
-            i in range(len(shapes)) and fits(moments, dict.fromkeys(names, torch.Tensor))
-            and all(moments[name].shape == (() if name == 'step' else shapes[i]) for name in names)
-            for i, moments in old['state'].items())
-        if fitting:
+    try:
+        for optimizer, old in zip(optimizers, saved, strict=True):
+            shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
+            names = ['momentum_buffer'] if isinstance(optimizer, Muon) else ['step', 'exp_avg', 'exp_avg_sq']
+            for i, moments in old['state'].items():
+                check_weights(moments, f"parameter {i}")
+                if {name: moments[name].shape for name in names} != {
+                        name: () if name == 'step' else shapes[i] for name in names}:
+                    raise ValueError(f"parameter {i} has another shape")
             groups = optimizer.state_dict()['param_groups']
             optimizer.load_state_dict(dict(state=old['state'], param_groups=groups))
-    if not fitting:
-        fail("the optimizers' state in the checkpoint is not of this model")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+        fail(f"the optimizers' state in the checkpoint is not of this model ({type(e).__name__}: {e})")
 
 
 # ---- batches of text ----

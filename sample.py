@@ -306,7 +306,7 @@ def add_adapters(model, checkpoint):
             (adapters, 'lora_A'), (adapters, 'lora_B'), (weights, 'weight')))
         if A is None or B is None or W is None or (*B.shape, *A.shape) != (len(W), rank, rank, W.size(-1)):
             raise ValueError(f"the adapter of {layer} does not fit its base")
-        W += how['alpha'] / rank * B @ A
+        W += how['alpha'] / rank * B.to(W) @ A.to(W)
 
 
 def load_start(run, config):
