@@ -512,6 +512,7 @@ if __name__ == '__main__':
         if training.due:
             val_loss, seen_loss = (held_out_loss(model, run, split, block_size, batch_size, eval_iters)
                                    for split in (val, seen))
+            training.check_finite(val_loss=val_loss)            # a model of NaN has no sample
             bits = val_loss / math.log(2) * meta['val']['tokens'] / meta['val']['bytes']
             text = answers(model, tokenizer, [prompt_ids], 60, temperature=0.7, top_p=0.95)[0][0]
             text = (prompt + text).replace('\n', '\n    | ')
