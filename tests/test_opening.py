@@ -249,7 +249,7 @@ def test_one_tensor_in_two_files_is_one_line(tmp_path):
 
 @pytest.mark.parametrize('config, change, words', [
     (dict(lora_alpha='nan'), {}, 'should be three numbers'), (dict(r=2.0), {}, 'should be three numbers'),
-    (dict(lora_alpha=torch.nan), {}, 'should be three numbers'), (dict(r=None), {}, 'should be three numbers'),
+    (dict(lora_alpha=torch.nan), {}, "should be three numbers"), (dict(r=None), {}, "be three numbers"),
     (dict(r=3), {}, 'their rank is not 3'), (dict(lora_dropout=2), {}, 'dropout 2.0'),
     ({}, dict(scale=torch.nan), 'holds NaN'), ({}, dict(kind=torch.int32), 'no weights')])
 def test_an_adapter_of_wrong_types_is_one_line(tmp_path, refused, config, change, words):
