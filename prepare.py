@@ -581,9 +581,10 @@ def read_split(name, split):
     fields = Split._fields[:4 if 'labels' in meta else 3]
     try:
         data = Split(*(np.lib.format.open_memmap(f'{path}_{field}.npy', 'r') for field in fields))
-        wrong = damage(data, meta, meta[split])
-    except (OSError, ValueError, EOFError, KeyError) as e:
+    except Exception as e:                              # numpy raises many kinds over a broken header
         wrong = f"{type(e).__name__}: {e}"
+    else:
+        wrong = damage(data, meta, meta.get(split, dict.fromkeys(('documents', 'tokens', 'bytes'), 0)))
     if wrong:
         fail(f"{data_folder(name)}: {split} is damaged ({wrong}): run prepare.py again")
     return data
