@@ -29,7 +29,7 @@ import time
 import traceback
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,8 @@ def fail(message, code=2):
     """
     time.sleep(int(os.environ.get('LOCAL_RANK', 0)))
     rank = f" (rank {os.environ['RANK']})" if os.environ.get('RANK', '0') != '0' else ''
-    print(f"{os.path.basename(sys.argv[0])}{rank}: {message}", file=sys.stderr, flush=True)
+    line = ' '.join(message.splitlines())               # a name or a value may hold line ends
+    print(f"{os.path.basename(sys.argv[0])}{rank}: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -124,7 +125,7 @@ def configure(settings, only=None, **rules):
     for key in keys:
         settings[key] = given.get(key, anchored(settings[key]))
     if settings.get('init_from') == 'resume' or is_restarted(settings, keys):
-        resume_settings(settings, keys, given, places)
+        resume_settings(settings, keys, rules, given, places)
     else:
         check_apply(settings, places, only or {})
     if settings.get('min_lr', 0) > settings.get('learning_rate', math.inf):
@@ -166,19 +167,20 @@ def is_restarted(settings, keys):
     return same and checkpoint['step'] < settings.get('max_iters', 0)
 
 
-def resume_settings(settings, keys, given, places):
+def resume_settings(settings, keys, rules, given, places):
     """Take over the settings of the run in out_dir, and refuse what does not go with its state."""
     out_dir, stage = settings['out_dir'], os.path.basename(settings['__file__'])
     checkpoint = load_checkpoint(out_dir)
-    saved = checkpoint['settings']
     if checkpoint['stage'] != stage:
         fail(f"{out_dir} is no run of {stage} to resume, but one of {checkpoint['stage']}; "
              f"start from it with --init_from={out_dir} and another --out_dir")
+    saved = {key: check(settings, keys, rules, key, value, f'{out_dir}/ckpt.pt')
+             for key, value in checkpoint['settings'].items() if key in keys}
     for key in given:
         if key not in RESUME_MAY_CHANGE and given[key] != saved.get(key, given[key]):
             fail(f"{places[key]}: {out_dir} has {key}={saved[key]}, and a resumed run keeps that")
     fixed, settings['init_from'] = {*given, 'init_from', 'out_dir'}, 'resume'
-    settings.update({key: value for key, value in saved.items() if key in keys and key not in fixed})
+    settings.update({key: value for key, value in saved.items() if key not in fixed})
     if checkpoint['step'] >= settings['max_iters']:
         fail(f"{out_dir} is at step {checkpoint['step']} of max_iters={settings['max_iters']}: raise "
              f"--max_iters to go on")
@@ -190,7 +192,7 @@ def parse(text, default):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):    # of an odd or deep one
         return text
 
 
@@ -203,6 +205,10 @@ def check(settings, keys, rules, key, value, where):
     kind = type(settings[key])
     if value is True and kind is not bool and where == f'--{key}':
         fail(f"{where}: {key} needs a value, as in --{key}={settings[key]}")
+    if type(value) is int and not -1 << 63 <= value < 1 << 63:
+        fail(f"{where}: {key} takes no number beyond 64 bits")
+    if type(value) is str and ('\0' in value or re.search('[\ud800-\udfff]', value)):
+        fail(f"{where}: {key} takes UTF-8 text without NUL, not {value!r}")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
@@ -239,7 +245,7 @@ def read_config_file(path):
         with open(found, encoding='utf-8') as f:
             tree = ast.parse(f.read(), found)
         exec(compile(tree, found, 'exec'), values)
-    except Exception as e:                              # it is the user's own code: report whatever it does
+    except (Exception, SystemExit) as e:                # it is the user's own code: report whatever it does
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == found]
         fail(f"{path}:{getattr(e, 'lineno', None) or (lines or [1])[-1]}: {type(e).__name__}: {e}")
     lines = {node.id: node.lineno for node in ast.walk(tree)
@@ -337,6 +343,14 @@ def start_run(device='auto', dtype='auto', seed=0):
 
 # ---- checkpoints ----
 
+def refuse_model(folder, setting):
+    """One line if a model or a run lies in a folder that another one is to be written to."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    for pattern in ('ckpt*.pt', 'config.json', '*.safetensors', '*.bin'):
+        if taken := fnmatch.filter(names, pattern):
+            fail(f"--{setting}={folder} holds {taken[0]} already: choose another folder, or remove that")
+
+
 def check_folder(path):
     """One line if this folder can't be written to, or made."""
     there = os.path.abspath(path)
@@ -393,9 +407,12 @@ def restore_rng(run, rngs, step):
     if len(rngs) != run.world_size:
         torch.manual_seed(torch.initial_seed() + 1_000_003 * step)
         return
-    torch.set_rng_state(rngs[run.rank][0])
-    if run.device.type == 'cuda' and len(rngs[run.rank]) == 2:
-        torch.cuda.set_rng_state(rngs[run.rank][1], run.device)
+    try:
+        torch.set_rng_state(rngs[run.rank][0])
+        if run.device.type == 'cuda' and len(rngs[run.rank]) == 2:
+            torch.cuda.set_rng_state(rngs[run.rank][1], run.device)
+    except (RuntimeError, TypeError, IndexError) as e:
+        fail(f"the random numbers in the checkpoint are damaged ({e})")
 
 
 def fingerprint(state):
@@ -407,21 +424,52 @@ def fingerprint(state):
     return digest.hexdigest()[:16]
 
 
+# What a checkpoint holds always, and what of which kind.
+ALWAYS = ('model_type', 'model_config', 'tokenizer', 'stage', 'step', 'settings')
+KINDS = dict(model_type=str, model_config=dict, tokenizer=str, stage=str, step=int, settings=dict,
+             rng=[[torch.Tensor]], optimizers=[dict(state=dict)], scaler=dict, position=int, counted=int,
+             model=dict, last=dict, labels=[str], best=dict(accuracy=float, loss=float, step=int),
+             adapters=dict, lora=dict(rank=int, alpha=float, dropout=float, targets=str),
+             base=str, base_fingerprint=str, reference=str, reference_fingerprint=str, lowest=float)
+
+
+def fits(value, kind):
+    """Whether a value is of a kind: a type, [kind] of all items of a list, {key: kind} of parts of a dict. An
+    int in a file of ours is a count, never negative."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], kind[key]) for key in kind)
+    if kind is dict:
+        return isinstance(value, dict)                  # or a subclass: a state dict is one
+    return type(value) is kind and (kind is not int or value >= 0)
+
+
+class Checkpoint(dict):
+    """The contents of a checkpoint. A part that it lacks ends the run with one line, whoever asks for it."""
+
+    def __missing__(self, key):
+        fail(f"the checkpoint of {self['stage']} at step {self['step']} holds no {key!r}: is it of another "
+             f"stage, or of older code?")
+
+
 def load_checkpoint(out_dir):
     """What save_checkpoint wrote, on the CPU; if that is damaged, the one before it, and a line that says so.
-    One line if there is none."""
+    One line if there is none. The checksums, which torch does not look at, cost 0.4 s per 500 MB."""
     broken = []
     for path in (os.path.join(out_dir, name) for name in CHECKPOINTS):
         if not os.path.isfile(path):
             continue
         try:
-            state = torch.load(path, map_location='cpu', weights_only=True)
-            missing = {'model_type', 'model_config', 'tokenizer', 'stage', 'step', 'settings'} - set(state)
-            if not missing:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            state = {} if damaged else torch.load(path, map_location='cpu', weights_only=True)
+            wrong = [k for k in KINDS if k in {*ALWAYS, *state} and not fits(state.get(k), KINDS[k])]
+            if not wrong:
                 if broken:
                     print(f"{broken[0]}; taken is {path}, of step {state['step']:,}", file=sys.stderr)
-                return state
-            reason = f"it holds no {min(missing)}"
+                return Checkpoint(state)
+            reason = f"{damaged} in it is damaged" if damaged else f"it holds no {wrong[0]} as it should be"
         except Exception as e:                  # torch raises many kinds over a file that is not its own
             reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:80]}"
         broken.append(f"{path} is not a checkpoint of this project, or damaged ({reason})")
@@ -434,6 +482,48 @@ def load_checkpoint(out_dir):
 
 
 # ---- files of weights ----
+
+def read_json(path):
+    """The dict in a JSON file. Raises OSError, or ValueError with one line."""
+    with open(path, encoding='utf-8') as f:
+        try:
+            found = json.load(f)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path} is not JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
+
+
+def check_sizes(config, **highest):
+    """Raise ValueError, one line, over a field of a model's config that has not the type it is declared with,
+    or is out of range. A size is at least 1, or 0 where that is its default; highest: its limit by name."""
+    for field in fields(config):
+        value, kind = getattr(config, field.name), field.type
+        low = int(kind is int and field.default != 0)
+        high = highest.get(field.name, 1 << 20 if kind is int else 1e12)
+        if kind in (int, float):
+            good = type(value) in {int, kind} and low <= value <= high              # NaN is not
+            wanted = f"a {'whole ' * (kind is int)}number from {low} to {high}"
+        else:
+            good, wanted = isinstance(value, kind), getattr(kind, '__name__', kind)
+        if not good:
+            raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
+
+
+def is_dense(value):
+    """Whether a value is an ordinary tensor, in memory."""
+    return torch.is_tensor(value) and value.layout is torch.strided and not value.is_meta
+
+
+def check_weights(state, source):
+    """Raise ValueError, one line, over a value of {name: tensor} that is no tensor of finite real numbers."""
+    for name, value in state.items():
+        if not is_dense(value) or not value.is_floating_point():
+            raise ValueError(f"{source}: {name} is {getattr(value, 'dtype', type(value))}, no weights")
+        if value.numel() and not all(map(math.isfinite, value.float().aminmax())):
+            raise ValueError(f"{source}: {name} holds NaN or infinity")
+
 
 def read_weights(source):
     """{name: tensor} of one .pth, .bin or .safetensors file, or of all weight files in a Hugging Face folder,
@@ -448,15 +538,18 @@ def read_weights(source):
         try:
             if file.endswith('.safetensors'):
                 from safetensors.torch import load_file
-                weights.update(load_file(file))
+                found = load_file(file)
             else:                                       # before torch 1.6 it was no zip file
-                weights.update(torch.load(file, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(file)))
+                found = dict(torch.load(file, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(file)))
         except ImportError:
             raise ImportError(f"{file} needs a package: pip install safetensors") from None
         except Exception as e:                          # each library has kinds of its own for a broken file
             raise ValueError(f"{file} holds no weights ({type(e).__name__}: {str(e)[:80]!r})") from None
-    if others := [name for name, value in weights.items() if not torch.is_tensor(value)]:
-        raise ValueError(f"{source} holds more than weights: {others[0]}, for one")
+        if twice := weights.keys() & found.keys():
+            raise ValueError(f"{file} and another file beside it both hold {min(twice)}: take one away")
+        weights.update(found)
+    if others := [name for name, value in weights.items() if type(name) is not str or not is_dense(value)]:
+        raise ValueError(f"{source} holds more than weights: {others[0]!r}, for one")
     return weights
 
 
@@ -480,6 +573,7 @@ def build_model(model_class, config, state, source):
     enough. Raises ValueError, one line on `source`, over the first name that does not fit."""
     with torch.device('meta'):                          # shapes only: no memory, no random numbers
         model = model_class(config)
+    check_weights(state, source)
     first, tied, state = {}, {}, dict(state)            # tied: {second name of a parameter: its first}
     for name, p in model.named_parameters(remove_duplicate=False):
         if first.setdefault(p, name) != name:
@@ -510,15 +604,23 @@ class MetricsLog:
 
     def __init__(self, out_dir, step=0, wandb_log=False, settings=None):
         """step: where this run starts; what an earlier one logged from there on is dropped."""
-        self.out_dir, self.lines, self.wandb = out_dir, [], None
+        self.out_dir, self.lines, self.wandb, odd = out_dir, [], None, 0
         self.path = os.path.join(out_dir, 'metrics.jsonl')
         if step and os.path.isfile(self.path):
-            with open(self.path, encoding='utf-8') as f:
-                for line in f.read().splitlines():
+            with open(self.path, encoding='utf-8', errors='replace') as f:
+                for text in f:
                     try:
-                        self.lines.append(json.loads(line))
-                    except ValueError:                  # cut short by a crash
-                        break
+                        line = json.loads(text)
+                    except (ValueError, RecursionError):                # cut short by a crash
+                        line = None
+                    if fits(line, dict(step=int)) and all(
+                            value is None or type(value) in (int, float) or fits(value, [[float]])
+                            for value in line.values()):
+                        self.lines.append(line)
+                    else:
+                        odd += 1
+        if odd:
+            print(f"{self.path}: left out {odd:,} lines that are not the numbers of a step", file=sys.stderr)
         self.lines = [line for line in self.lines if line['step'] < step]
         with replacing(self.path) as new, open(new, 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(line) + '\n' for line in self.lines)

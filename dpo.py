@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from configurator import above, configure, fail, fingerprint, load_checkpoint, replacing, start_run
 from prepare import Progress, data_folder, open_data, read_split
 from pretrain import Training, make_optimizers, read_rows, to_device
-from sample import evaluating, load_run
+from sample import evaluating, load_run, model_of
 
 # the run
 out_dir = 'out/dpo'             # where checkpoint, tokenizer, metrics and picture go
@@ -229,7 +229,7 @@ if __name__ == '__main__':
         reference = copy.deepcopy(model).requires_grad_(False)
         ref_val = log_probs_of(model, run, val, val_pairs, *how)
     if checkpoint:                                              # from here on it is the policy
-        model.load_state_dict(checkpoint['model'])
+        model = model_of(checkpoint, out_dir).to(run.device)
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
     training = Training(run, config, model, optimizers, tokenizer, checkpoint, saved=lambda: dict(
         model=model.state_dict(), reference=source, reference_fingerprint=weights))

@@ -24,10 +24,10 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import build_model, configure, fail, load_checkpoint, one_of, start_run
+from configurator import configure, fail, load_checkpoint, one_of, start_run
 from prepare import TASKS, Piece, Split, open_data, whole_text
 from pretrain import Training, make_optimizers, read_rows, to_device
-from sample import MODELS, evaluating, load_start
+from sample import evaluating, load_start, model_of
 from train_tokenizer import load_tokenizer
 
 # the run
@@ -97,10 +97,8 @@ def load_classifier(folder, dropout=0.0, weights='model'):
     checkpoint, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
     if 'labels' not in checkpoint:
         fail(f"{folder} is no classifier: train one with `python finetune_cls.py --init_from={folder}`")
-    model_class, config_class = MODELS[checkpoint['model_type']]
-    config = config_class(**{**checkpoint['model_config'], 'dropout': dropout})
-    model = build_model(lambda config: add_head(model_class(config), len(checkpoint['labels'])), config,
-                        checkpoint[weights], folder)
+    model = model_of(checkpoint, folder, weights, lambda model: add_head(model, len(checkpoint['labels'])),
+                     dropout=dropout)
     return model, tokenizer, checkpoint
 
 

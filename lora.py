@@ -15,6 +15,7 @@ that names their base, and sample.py speaks from it directly. Merged, W + alpha/
 The loop comes from pretrain.py; loss, rows and report from sft.py. What differs is what trains.
 """
 import json
+import math
 import os
 import sys
 
@@ -22,8 +23,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import (above, at_least, configure, fail, fingerprint, load_checkpoint, make_folder,
-                          save_checkpoint, start_run)
+from configurator import (above, at_least, check_weights, configure, fail, fingerprint, load_checkpoint,
+                          make_folder, read_json, refuse_model, save_checkpoint, start_run)
 from prepare import open_data
 from pretrain import Training, make_optimizers
 from sample import load_base, load_start
@@ -106,6 +107,8 @@ def inject(model, rank, alpha, dropout=0.0, targets='all'):
     """
     if adapters(model):
         raise ValueError("the model has adapters already; merge them first")
+    if not (rank >= 1 and math.isfinite(alpha) and 0 <= dropout <= 1):
+        raise ValueError(f"rank {rank} must be at least 1, alpha {alpha} finite, dropout {dropout} 0 to 1")
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     known = sorted({name.split('.')[-1] for name in linear if '.' in name})
     wanted = [name for name in ALL if name in known] if targets == 'all' else targets.split(',')
@@ -189,8 +192,7 @@ def write_peft(model, folder, base, model_type):
 def read_peft(model, folder):
     """Inject the adapters of a folder in PEFT's layout into a model. Returns the arguments of `inject`."""
     try:
-        with open(os.path.join(folder, 'adapter_config.json'), encoding='utf-8') as f:
-            config = json.load(f)
+        config = read_json(os.path.join(folder, 'adapter_config.json'))
         state = safetensors().load_file(os.path.join(folder, 'adapter_model.safetensors'))
     except OSError as e:
         fail(f"{folder} holds no adapters in PEFT's layout ({e.filename or e}: {e.strerror})")
@@ -200,15 +202,27 @@ def read_peft(model, folder):
         if config.get(key):
             fail(f"{folder}/adapter_config.json: {key} is set, and is not supported here; plain LoRA is")
     state = {name.removeprefix(PEFT_PREFIX).removesuffix('.weight'): t for name, t in state.items()}
-    targets = ','.join(sorted({name.split('.')[-2] for name in state}))
+    numbers = {key: config.get(key) for key in ('r', 'lora_alpha', 'lora_dropout')}
+    if type(config.get('r')) is not int or any(
+            type(number) not in (int, float) or not abs(number) < 1e12 for number in numbers.values()):
+        fail(f"{folder}/adapter_config.json: {numbers} should be three numbers, the first a whole one")
+    targets = ','.join(sorted({name.split('.')[-2] for name in state if name.count('.') > 1}))
     how = dict(rank=config['r'], alpha=float(config['lora_alpha']), dropout=float(config['lora_dropout']),
                targets=targets)
+    put_on(model, how, state, folder)
+    return how
+
+
+def put_on(model, how, state, folder):
+    """Inject adapters and fill them; one line on the folder they come from if they do not fit."""
     try:
-        inject(model, **how)
+        check_weights(state, 'the file')
+        if {value.shape[:1] for name, value in state.items() if name.endswith('lora_A')} != {(how['rank'],)}:
+            raise ValueError(f"their rank is not {how['rank']}")
+        inject(model, **{key: how[key] for key in ('rank', 'alpha', 'dropout', 'targets')})
         load_adapter_state(model, state)
     except ValueError as e:
         fail(f"{folder}: its adapters are not for this model: {e}")
-    return how
 
 
 # ---- a run's folder with adapters ----
@@ -218,8 +232,7 @@ def load_adapted(folder, checkpoint):
     if 'adapters' not in checkpoint:
         fail(f"{folder} holds no adapters: they are merged already, or it is no run of lora.py")
     model, base = load_base(folder, checkpoint)
-    inject(model, **checkpoint['lora'])
-    load_adapter_state(model, checkpoint['adapters'])
+    put_on(model, checkpoint['lora'], checkpoint['adapters'], folder)
     return model, base
 
 
@@ -264,6 +277,7 @@ def merge_run(run, out_dir, folder):
     for taken in (out_dir, base):
         if os.path.realpath(folder) == os.path.realpath(taken):
             fail(f"--merge_to={folder} would overwrite {taken}: choose another folder")
+    refuse_model(folder, 'merge_to')
     make_folder(folder)
     save_checkpoint(run, folder, load_tokenizer(out_dir), model.config, model=merge(model).state_dict(),
                     step=checkpoint['step'], settings=checkpoint['settings'])
@@ -272,6 +286,7 @@ def merge_run(run, out_dir, folder):
 
 def export_peft(out_dir, folder):
     """Write the adapters of out_dir into a folder in PEFT's layout."""
+    refuse_model(folder, 'to_peft')
     model, base = load_adapted(out_dir, load_checkpoint(out_dir))
     write_peft(model, folder, base, model.config.model_type)
     print(f"wrote the adapters of {out_dir} to {folder}; their base is {base}")
@@ -279,6 +294,7 @@ def export_peft(out_dir, folder):
 
 def import_peft(run, config, folder):
     """Put the adapters of a folder in PEFT's layout on init_from, as a run in out_dir."""
+    refuse_model(config['out_dir'], 'out_dir')
     model, tokenizer, about = load_plain(run, config)
     how = read_peft(model, folder)
     make_folder(config['out_dir'])

@@ -6,7 +6,7 @@ GPT-2 (Radford et al. 2019), a decoder-only transformer (chapters I-2 to I-5; si
 
 Read it from the top: formulas, parts, model, formats of the weights. Where PyTorch has a kernel, the model
 uses it; the formula beside it is to be read, and a test holds the two equal. Parameter names are Hugging
-Face's. From configurator.py come only the three functions that read and write files of weights.
+Face's. From configurator.py come only the functions that read, check and write files of weights.
 
     model = GPT2(GPT2Config())                            # GPT-2 small: 124,439,808 parameters
     logits, loss = model(tokens, targets)                 # (B, T) -> (B, T, V) and a scalar
@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import build_model, read_weights, write_weights
+from configurator import build_model, check_sizes, read_json, read_weights, write_weights
 
 OFFICIAL = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')         # 124M, 355M, 774M, 1.6B parameters
 
@@ -51,6 +51,7 @@ class GPT2Config:
     context = property(lambda self: self.n_positions)          # the longest sequence it can read, in tokens
 
     def __post_init__(self):
+        check_sizes(self, n_layer=1000, dropout=1)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.positions not in ('learned', 'sinusoidal'):
@@ -277,8 +278,7 @@ class GPT2(nn.Module):
         """The model of a Hugging Face folder, or one of OFFICIAL, which are downloaded once: on the CPU,
         float32, in evaluation mode. Raises OSError, ImportError or ValueError with one line."""
         folder = download_official(source) if source in OFFICIAL else source
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            config = config_from_hf(json.load(f), folder)
+        config = config_from_hf(read_json(os.path.join(folder, 'config.json')), folder)
         return build_model(cls, config, weights_from_hf(read_weights(folder), config), folder)
 
     def save_pretrained(self, folder, **extra):
@@ -306,11 +306,12 @@ def config_from_hf(config, folder):
     """The GPT2Config of a config.json; ValueError for what this model does not do."""
     if config.get('model_type') != 'gpt2':
         raise ValueError(f"{folder}: config.json describes a {config.get('model_type')!r}, not a 'gpt2'")
-    for key, values in dict(REQUIRED, n_inner=(None, 4 * config['n_embd'])).items():
+    given = {key: config[key] for key in GPT2Config.__dataclass_fields__ if key in config}
+    own = GPT2Config(**{'dropout': config.get('resid_pdrop', 0.1), **given})
+    for key, values in dict(REQUIRED, n_inner=(None, 4 * own.n_embd)).items():
         if config.get(key, values[0]) not in values:
             raise ValueError(f"{folder}: config.json has {key}={config[key]!r}, GPT-2 has {values[0]!r}")
-    own = {key: config[key] for key in GPT2Config.__dataclass_fields__ if key in config}
-    return GPT2Config(**{'dropout': config.get('resid_pdrop', 0.1), **own})
+    return own
 
 
 def weights_from_hf(state, config):
@@ -319,7 +320,8 @@ def weights_from_hf(state, config):
     unused = ('.attn.bias', '.attn.masked_bias', *(() if config.qkv_bias else ('.c_attn.bias',)))
     named = {name if name.startswith(('transformer.', 'lm_head.')) else f'transformer.{name}': value
              for name, value in state.items() if not name.endswith(unused)}
-    return {name: value.T if name.endswith(TRANSPOSED) else value for name, value in named.items()}
+    return {name: value.T if name.endswith(TRANSPOSED) and value.dim() == 2 else value
+            for name, value in named.items()}
 
 
 def weights_to_hf(state, config):

@@ -6,7 +6,7 @@ MiniMind: a Llama-style decoder, to be read from the top (chapters II-2 to II-7)
 What separates it from GPT-2: RMSNorm for LayerNorm, rotary positions (RoPE) for learned ones, grouped-query
 attention for multi-head, SwiGLU for GELU, no biases; with use_moe a mixture of experts for the feed-forward.
 Parameter names are MiniMind's own, which are also Llama's and Qwen3's. From configurator.py come only the
-three functions that read and write files of weights.
+functions that read, check and write files of weights.
 
     model = MiniMind(MiniMindConfig())                    # MiniMind's default: 25,829,888 parameters
     logits, loss = model(tokens, targets)                 # (B, T) -> (B, T, V) and a scalar
@@ -20,13 +20,13 @@ three functions that read and write files of weights.
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import build_model, read_weights, write_weights
+from configurator import build_model, check_sizes, read_json, read_weights, write_weights
 
 
 @dataclass
@@ -63,6 +63,7 @@ class MiniMindConfig:
             if getattr(self, key) % divisor:
                 raise ValueError(f"{key} {getattr(self, key)} is not a multiple of {name} {divisor}")
 
+        check_sizes(self, num_hidden_layers=1000, num_experts=1024, n_shared_experts=64, dropout=1)
         # 8/3, because SwiGLU has three matrices where a feed-forward of width 4C has two: 3 x 8/3 = 2 x 4
         self.intermediate_size = self.intermediate_size or 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
@@ -71,6 +72,14 @@ class MiniMindConfig:
             self.head_dim = self.hidden_size // self.num_attention_heads
         check('head_dim', 2, "RoPE's pairs of")
         check('num_attention_heads', self.num_key_value_heads, 'num_key_value_heads')
+        if self.context * self.head_dim > 1 << 27 or self.rope_theta <= 1:
+            raise ValueError(f"RoPE's table: rope_theta {self.rope_theta} must be above 1, and positions x "
+                             f"head_dim {self.context} x {self.head_dim} at most {1 << 27}, which is 1 GB")
+        optional = dict(beta_fast=32, beta_slow=1, attention_factor=1)
+        for key in ('factor', 'original_max_position_embeddings', *optional) if self.rope_scaling else ():
+            value = self.rope_scaling.get(key) or optional.get(key)
+            if type(value) not in (int, float) or not 0 < value < 1e12:
+                raise ValueError(f"rope_scaling: {key} must be a number above 0, not {value!r}")
         if self.use_moe:
             check('hidden_size', 8, "grouped_mm's blocks of")
             check('moe_intermediate_size', 8, "grouped_mm's blocks of")
@@ -444,9 +453,10 @@ class MiniMind(nn.Module):
         """Read `factor` times longer texts than the model was trained on, by YaRN."""
         if self.config.rope_scaling:
             raise ValueError(f"the context is extended already: {self.config.rope_scaling}")
-        self.config.rope_scaling = dict(rope_type='yarn', factor=float(factor),
-                                        original_max_position_embeddings=self.config.context)
-        self.config.max_position_embeddings = int(self.config.context * factor)
+        scaling = dict(rope_type='yarn', factor=float(factor),
+                       original_max_position_embeddings=self.config.context)
+        self.config = replace(self.config, rope_scaling=scaling,
+                              max_position_embeddings=int(self.config.context * factor))
         self.rope = rope_table(self.config).to(self.rope)
 
     def make_cache(self, batch_size, max_tokens):
@@ -461,9 +471,9 @@ class MiniMind(nn.Module):
             state = weights_from_hf(read_weights(source))
             if not os.path.isdir(source):
                 return build_model(cls, config_of_official(state), state, source)
-            with open(os.path.join(source, 'config.json'), encoding='utf-8') as f:
-                return build_model(cls, config_from_hf(json.load(f), state, source), state, source)
-        except (KeyError, TypeError, ZeroDivisionError, RuntimeError) as e:
+            hf = read_json(os.path.join(source, 'config.json'))
+            return build_model(cls, config_from_hf(hf, state, source), state, source)
+        except (KeyError, IndexError, TypeError, ZeroDivisionError, RuntimeError) as e:
             raise ValueError(f"{source} is no model that can be read ({type(e).__name__}: {e})") from None
 
     def save_pretrained(self, folder, **extra):
@@ -540,7 +550,7 @@ def config_from_hf(hf, state, source):
     own.update({SYNONYMS.get(key, key): value for key, value in hf.items() if value is not None})
     # transformers 5 has all of RoPE in one dictionary; before, theta stood apart
     rope = dict(hf.get('rope_scaling') or {}, **hf.get('rope_parameters') or {})
-    own['rope_theta'] = float(rope.pop('rope_theta', hf.get('rope_theta') or 10000.0))
+    own['rope_theta'] = rope.pop('rope_theta', own.get('rope_theta', 10000.0))
     rope['rope_type'] = rope.pop('type', rope.get('rope_type', 'default'))
     if rope['rope_type'] not in ('default', 'yarn') or rope.keys() & {'mscale', 'mscale_all_dim', 'truncate'}:
         raise ValueError(f"{source}: config.json scales RoPE by {rope}, this model only by plain YaRN")
@@ -548,7 +558,7 @@ def config_from_hf(hf, state, source):
         rope.setdefault('original_max_position_embeddings', hf['max_position_embeddings'])
     own['rope_scaling'] = rope if rope['rope_type'] == 'yarn' else None
     own['qk_norm'] = any(name.endswith('q_norm.weight') for name in state)
-    own['use_moe'] = kind == 'qwen3_moe' or bool(hf.get('use_moe'))
+    own['use_moe'] = kind == 'qwen3_moe' or own.get('use_moe', False)
     return MiniMindConfig(**{key: own[key] for key in MiniMindConfig.__dataclass_fields__ if key in own})
 
 

@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator import HERE, Progress, between, configure, fail, make_folder, one_of
+from configurator import HERE, Progress, between, configure, fail, fits, make_folder, one_of, read_json
 from train_tokenizer import encode_chat, encode_pair, load_tokenizer, print_mask, text_parts
 
 dataset = ''                # name of the folder in data/, or a path; '' is the input's own name, or pydoc
@@ -60,6 +60,9 @@ print_text = False          # print the text that would be tokenised, as JSON li
 
 FORMAT = 1                  # of the prepared folder; raised when its meaning changes
 SPLITS = ('train', 'val', 'test')
+# What meta.json holds; 'test' and 'labels' only of some sets.
+META = dict(format=int, task=str, source=str, tokenizer=str, vocab_size=int, labels=[str],
+            **dict.fromkeys(SPLITS, dict(documents=int, tokens=int, bytes=int)))
 PYTHON = platform.python_version()      # pydoc differs between versions
 # The sets that need no file of the user: task, file in data/, and the command that writes the file.
 BUILT_IN = {
@@ -575,34 +578,76 @@ def data_folder(name):
     return name if os.sep in name or '/' in name else os.path.join(HERE, 'data', name)
 
 
-def read_meta(name, task='pretrain'):
-    """meta.json of a data set prepared for a task, or one line on how to prepare it."""
+def read_meta(name, task=''):
+    """meta.json of a data set prepared for a task ('' is any), or one line on how to prepare it."""
     path = os.path.join(data_folder(name), 'meta.json')
     if not os.path.isfile(path):
         fail(f"no prepared data in {data_folder(name)}: make it with `python prepare.py --input=FILE "
              f"--dataset={name}`, or use the built-in --dataset="
-             + ' or '.join(k for k, (t, _, _) in BUILT_IN.items() if t == task))
-    with open(path, encoding='utf-8') as f:
-        try:
-            meta = json.load(f)
-        except ValueError as e:
-            fail(f"{path} is damaged ({e}): run prepare.py again")
+             + ' or '.join(k for k, (t, _, _) in BUILT_IN.items() if t == task or not task))
+    try:
+        meta = read_json(path)
+    except (OSError, ValueError) as e:
+        fail(f"{path} is damaged ({e}): run prepare.py again")
     if meta.get('format') != FORMAT:
         fail(f"{path} is of format {meta.get('format')}, this code reads {FORMAT}: run prepare.py again")
-    if meta['task'] != task:
+    for key, kind in META.items():
+        needed = key in meta or key not in ('test', 'labels') or meta['task'] == 'cls'
+        if needed and not fits(meta.get(key), kind):
+            fail(f"{path} is damaged ({key} is {str(meta.get(key))[:40]!r}): run prepare.py again")
+    if meta['task'] != (task or meta['task']):
         fail(f"{path}: prepared for the task {meta['task']!r}, not {task!r}: choose another --dataset")
     return meta
 
 
 def read_split(name, split):
     """The Split 'train', 'val' or 'test' of a data set, mapped into memory rather than read; its labels are
-    None if the set has none."""
-    path = os.path.join(data_folder(name), split)
-    fields = Split._fields[:4 if os.path.exists(f'{path}_labels.npy') else 3]
+    None if the set has none. One line if it is not as it was written."""
+    meta, path = read_meta(name), os.path.join(data_folder(name), split)
+    fields = Split._fields[:4 if 'labels' in meta else 3]
     try:
-        return Split(*(np.load(f'{path}_{field}.npy', mmap_mode='r') for field in fields))
-    except (OSError, ValueError) as e:
-        fail(f"{data_folder(name)} is damaged ({e}): run prepare.py again")
+        data = Split(*(np.lib.format.open_memmap(f'{path}_{field}.npy', 'r') for field in fields))
+    except Exception as e:                              # numpy raises many kinds over a broken header
+        wrong = f"{type(e).__name__}: {e}"
+    else:
+        wrong = damage(data, meta, meta.get(split, dict.fromkeys(('documents', 'tokens', 'bytes'), 0)))
+    if wrong:
+        fail(f"{data_folder(name)}: {split} is damaged ({wrong}): run prepare.py again")
+    return data
+
+
+def damage(data, meta, count):
+    """What is wrong with the arrays of a Split, in words, or ''. count: its part of meta.json."""
+    n, documents = count['tokens'], count['documents']
+    for field, length, *kinds in (('tokens', n, 'uint16', 'uint32'), ('mask', n, 'uint8'),
+                                  ('offsets', documents + 1, 'int64'), ('labels', documents, 'int64')):
+        array = getattr(data, field)
+        if array is not None and (array.shape != (length,) or str(array.dtype) not in kinds):
+            return f"{field} are {array.dtype} {array.shape}, not {kinds[0]} ({length},)"
+    if not n or not documents or not count['bytes']:
+        return "it holds nothing"
+    starts = data.offsets[:-1]
+    if starts[0] != 0 or data.offsets[-1] != n or not (np.diff(data.offsets) > 0).all():
+        return "offsets do not ascend from 0 to the number of tokens"
+    if data.labels is not None:
+        least = 0 if meta['task'] == 'cls' else -1
+        if data.labels.min() < least or data.labels.max() >= len(meta['labels']):
+            return f"a label is not one of {len(meta['labels'])}"
+    if largest(data.tokens) >= meta['vocab_size']:
+        return f"a token is not below the vocabulary's {meta['vocab_size']}"
+    if largest(data.mask) > 1:
+        return "the mask is not of 0 and 1"
+    if meta['task'] in ('sft', 'dpo') and (
+            data.mask[starts].any() or not np.maximum.reduceat(data.mask, starts).all()):
+        return "a document begins with a target, or has none"
+    return "a pair is half" if meta['task'] == 'dpo' and documents % 2 else ''
+
+
+def largest(array, at_most=1 << 29, piece=1 << 20):
+    """The largest number of an array; of one that is longer than at_most, of pieces spread evenly over it, as
+    10 GB take a second from memory, but minutes from a slow disk."""
+    step = piece * -(-len(array) // at_most)
+    return max(array[i:i + piece].max() for i in range(0, len(array), step))
 
 
 def run_script(script, *arguments):

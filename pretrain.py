@@ -28,8 +28,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import (MetricsLog, at_least, clock, configure, fail, make_folder, one_of, restore_rng,
-                          save_checkpoint, start_run)
+from configurator import (MetricsLog, at_least, check_weights, clock, configure, fail, make_folder, one_of,
+                          restore_rng, save_checkpoint, start_run)
 from prepare import data_folder, open_data
 from sample import MODELS, answers, evaluating, load_start
 from train_tokenizer import load_tokenizer
@@ -117,8 +117,7 @@ class Training:
         if config['init_from'] == 'resume':
             self.first, self.position, self.counted = (checkpoint[k] for k in ('step', 'position', 'counted'))
             self.saved_step, self.lowest = self.first, checkpoint['lowest']
-            for optimizer, state in zip(optimizers, checkpoint['optimizers']):
-                optimizer.load_state_dict(state)
+            restore_optimizers(optimizers, checkpoint['optimizers'])
             if run.dtype == torch.float16 and checkpoint['scaler']:     # {} where the run had no float16
                 self.scaler.load_state_dict(checkpoint['scaler'])
             restore_rng(run, checkpoint['rng'], self.first)
@@ -371,6 +370,24 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay):
     return optimizers + ([Muon(muon, learning_rate, weight_decay)] if muon else [])
 
 
+def restore_optimizers(optimizers, saved):
+    """Take over moments from a checkpoint, or one line if they are of other parameters. Groups and rates are
+    those of the settings, which have made the optimizers anew."""
+    try:
+        for optimizer, old in zip(optimizers, saved, strict=True):
+            shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
+            names = ['momentum_buffer'] if isinstance(optimizer, Muon) else ['step', 'exp_avg', 'exp_avg_sq']
+            for i, moments in old['state'].items():
+                check_weights(moments, f"parameter {i}")
+                if {name: moments[name].shape for name in names} != {
+                        name: () if name == 'step' else shapes[i] for name in names}:
+                    raise ValueError(f"parameter {i} has another shape")
+            groups = optimizer.state_dict()['param_groups']
+            optimizer.load_state_dict(dict(state=old['state'], param_groups=groups))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+        fail(f"the optimizers' state in the checkpoint is not of this model ({type(e).__name__}: {e})")
+
+
 # ---- batches of text ----
 
 @functools.lru_cache(maxsize=2)
@@ -506,6 +523,7 @@ if __name__ == '__main__':
         if training.due:
             val_loss, seen_loss = (held_out_loss(model, run, split, block_size, batch_size, eval_iters)
                                    for split in (val, seen))
+            training.check_finite(val_loss=val_loss)            # a model of NaN has no sample
             bits = val_loss / math.log(2) * meta['val']['tokens'] / meta['val']['bytes']
             text = answers(model, tokenizer, [prompt_ids], 60, temperature=0.7, top_p=0.95)[0][0]
             text = (prompt + text).replace('\n', '\n    | ')

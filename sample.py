@@ -18,7 +18,6 @@ Decoding picks from it: the likeliest token each time (greedy, temperature=0), o
 """
 import difflib
 import importlib.util
-import json
 import os
 import sys
 import time
@@ -27,8 +26,8 @@ from dataclasses import replace
 
 import torch
 
-from configurator import (at_least, between, build_model, configure, draw, fail, fingerprint, load_checkpoint,
-                          one_of, start_run)
+from configurator import (at_least, between, build_model, check_weights, configure, draw, fail, fingerprint,
+                          load_checkpoint, one_of, read_json, refuse_model, start_run)
 from model_gpt2 import GPT2, OFFICIAL, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from train_tokenizer import encode_chat, load_tokenizer
@@ -245,9 +244,8 @@ def load_run(source, device='cpu', dropout=0.0, block_size=1):
         if source in OFFICIAL:
             model, tokenizer = GPT2.from_pretrained(source), load_tokenizer('gpt2')
         elif os.path.isfile(path) and not os.path.isfile(os.path.join(source, 'ckpt.pt')):
-            with open(path, encoding='utf-8') as f:
-                kind = json.load(f)['model_type']
-            if kind not in HUGGING_FACE:
+            kind = read_json(path).get('model_type')
+            if kind not in [*HUGGING_FACE]:
                 fail(f"{source}: a model of type {kind!r}; these can be read: {', '.join(HUGGING_FACE)}")
             model, tokenizer = HUGGING_FACE[kind].from_pretrained(source), load_tokenizer(source)
         else:
@@ -262,20 +260,27 @@ def load_run(source, device='cpu', dropout=0.0, block_size=1):
                 model = load_base(source, checkpoint)[0]
                 add_adapters(model, checkpoint)
             else:
-                model_class, config_class = MODELS[checkpoint['model_type']]
-                model = build_model(model_class, config_class(**checkpoint['model_config']),
-                                    checkpoint['model'], source)
+                model = model_of(checkpoint, source)
         config = replace(model.config, dropout=dropout)
         model = build_model(type(model), config, model.state_dict(), source)        # the same weights
-    except (KeyError, TypeError, json.JSONDecodeError) as e:
-        fail(f"{source}: config.json or ckpt.pt does not describe a model ({type(e).__name__}: {e})")
     except (OSError, ValueError, ImportError) as e:     # what from_pretrained and build_model raise
-        fail(str(e))
+        fail(str(e) if str(source) in str(e) else f"{source}: {e}")
     if tokenizer.vocab_size > config.vocab_size:
         fail(f"{source}: its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
     if block_size > config.context:
         fail(f"--block_size={block_size} is more than the context of {source}, {config.context}")
     return model.to(device), tokenizer, checkpoint
+
+
+def model_of(checkpoint, source, weights='model', head=lambda model: model, **changes):
+    """The model in a checkpoint, in evaluation mode; one line if there is none.
+    head: a function that puts another output head on it; changes: of its config"""
+    try:
+        model_class, config_class = MODELS[checkpoint['model_type']]
+        config = config_class(**{**checkpoint['model_config'], **changes})
+        return build_model(lambda config: head(model_class(config)), config, checkpoint[weights], source)
+    except (KeyError, TypeError, ValueError) as e:
+        fail(f"{source}: its checkpoint does not describe a model ({type(e).__name__}: {e})")
 
 
 def load_base(folder, checkpoint):
@@ -293,11 +298,15 @@ def load_base(folder, checkpoint):
 @torch.no_grad()
 def add_adapters(model, checkpoint):
     """Add the adapters of a checkpoint to the weights: W + alpha/rank * B A (lora.py, chapter II-11)."""
-    scale, adapters = checkpoint['lora']['alpha'] / checkpoint['lora']['rank'], checkpoint['adapters']
-    for name in adapters:
-        layer, _, part = name.rpartition('.')
-        if part == 'lora_A':
-            model.get_submodule(layer).weight += scale * adapters[f'{layer}.lora_B'] @ adapters[name]
+    how, adapters, weights = checkpoint['lora'], checkpoint['adapters'], dict(model.named_parameters())
+    rank = how['rank'] or 1
+    check_weights(adapters, 'the adapters')
+    for layer in {name.rpartition('.')[0] for name in adapters}:
+        A, B, W = (part.get(f'{layer}.{name}') for part, name in (
+            (adapters, 'lora_A'), (adapters, 'lora_B'), (weights, 'weight')))
+        if A is None or B is None or W is None or (*B.shape, *A.shape) != (len(W), rank, rank, W.size(-1)):
+            raise ValueError(f"the adapter of {layer} does not fit its base")
+        W += how['alpha'] / rank * B.to(W) @ A.to(W)
 
 
 def load_start(run, config):
@@ -439,6 +448,8 @@ if __name__ == '__main__':
         num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0), top_p=between(0, 1),
         min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'),
         yarn_factor=at_least(1))
+    if export_dir:
+        refuse_model(export_dir, 'export_dir')
     run = start_run(device, dtype, seed)
     source = init_from or out_dir
     model, tokenizer, _ = load_run(source, run.device)

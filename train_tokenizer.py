@@ -24,7 +24,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from configurator import HERE, at_least, between, configure, fail, make_folder, one_of, replacing
+from configurator import HERE, at_least, between, configure, fail, make_folder, one_of, read_json, replacing
 
 out_dir = 'out/tokenizer'   # where tokenizer.json and tokenizer_config.json go
 input = ''                  # a file or folder, as prepare.py takes it; '' is the built-in pydoc
@@ -108,14 +108,41 @@ def load_tokenizer(source):
     if not os.path.isfile(path):
         fail(f"no tokenizer {path}: train one with `python train_tokenizer.py`, or use --tokenizer=gpt2")
     try:
+        check_parts(read_json(path))
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(path), source)
-    except Exception as e:                          # `tokenizers` raises bare Exception over a broken file
-        fail(f"{path} is not a tokenizer: {str(e).splitlines()[0]}")
+        check_letters(tokenizer)
+    except BaseException as e:      # `tokenizers` raises bare Exception; a panic inside it is not even that
+        if isinstance(e, (KeyboardInterrupt, SystemExit)):
+            raise
+        fail(f"{path} is not a tokenizer: {str(e)[:300]}")
     if tokenizer.eot is None:
         fail(f"{path} has no <|endoftext|>, which ends documents here")
     if dropout := getattr(tokenizer.backend.model, 'dropout', None):
         fail(f"{path} has dropout={dropout}, so the ids of a text would be others each time: set it to null")
     return tokenizer
+
+
+def check_parts(state):
+    """ValueError over what makes the library panic, or take all memory, in a tokenizer.json, as a dict."""
+    model = state.get('model') if isinstance(state.get('model'), dict) else {}
+    vocab = model.get('vocab') if isinstance(model.get('vocab'), dict) else {}
+    if any(type(i) is int and i >= 1 << 24 for i in vocab.values()):
+        raise ValueError(f"an id is above {1 << 24:,}")
+    if model.get('continuing_subword_prefix') and model.get('type', 'BPE') == 'BPE':
+        raise ValueError("BPE with a continuing_subword_prefix is not supported")
+    parts = json.dumps([state.get('normalizer'), state.get('pre_tokenizer')])
+    if found := re.search('"type": "(Precompiled|FixedLength)"', parts):
+        raise ValueError(f"{found[1]} is not supported")
+
+
+def check_letters(tokenizer):
+    """ValueError where letters do not come back, and no <|unk|> stands for them. Case and white space may be
+    lost, if the file says so."""
+    text = 'a quick fox ' + ''.join(map(chr, range(33, 127))) + ' éЖ灯👍'
+    back = tokenizer.decode(tokenizer.encode(text))
+    unknown = getattr(tokenizer.backend.model, 'unk_token', None)
+    if not unknown and ''.join(back.lower().split()) != ''.join(text.lower().split()):
+        raise ValueError(f"letters get lost: {text!r} comes back as {back!r}")
 
 
 def gpt2_tokenizer():

@@ -342,8 +342,13 @@ def test_what_transformers_cannot_compute_is_not_exported(kind, reason, tmp_path
 
 
 @pytest.mark.parametrize('change, reason', [
-    (dict(num_attention_heads='four'), 'TypeError'), (dict(num_key_value_heads=0), 'ZeroDivisionError'),
-    (dict(num_experts='4'), 'TypeError'), (dict(rope_parameters=dict(rope_type='yarn')), 'KeyError'),
+    (dict(num_attention_heads='four'), "num_attention_heads must be a whole number from 1 .*, not 'four'"),
+    (dict(num_key_value_heads=0), 'num_key_value_heads must be .* not 0'),
+    (dict(num_hidden_layers=1.5), 'not 1.5'), (dict(num_hidden_layers=2**63), 'from 1 to 1000, not 9223'),
+    (dict(num_experts='4'), "not '4'"), (dict(num_experts=True), 'not True'),
+    (dict(rms_norm_eps='x'), "not 'x'"), (dict(rms_norm_eps=math.nan), 'not nan'),
+    (dict(head_dim=1 << 20, max_position_embeddings=1 << 20), '1048576 x 1048576 at most'),
+    (dict(rope_parameters=dict(rope_type='yarn')), 'factor must be a number above 0, not None'),
     (dict(norm_topk_prob=None), 'no norm_topk_prob'), (dict(rms_norm_eps=None), 'no rms_norm_eps')])
 def test_a_damaged_config_is_refused(tmp_path, change, reason):
     tiny(**MOE).save_pretrained(tmp_path)
