@@ -711,6 +711,11 @@ if __name__ == '__main__':
     if task and task != kind and 'cls' in (task, kind):
         fail(f"--task={task}: {source} is for {kind!r}; tables are for 'cls', and all else is not")
     kind = task or kind
+    for key, idle in dict(val_fraction=kind == 'cls' and val_fraction, balance=kind != 'cls' and not balance,
+                          seed=kind != 'cls' and seed != 1337,
+                          special_tokens=kind != 'pretrain' and not special_tokens).items():
+        if idle:
+            fail(f"--{key} has no effect on data for the task {kind!r}: leave it out")
     if val_fraction and names_split:
         fail(f"--val_fraction={val_fraction}: the records of {source} name their split themselves")
     if kind == 'cls':

@@ -208,6 +208,17 @@ def test_prompts_of_a_pair_may_differ_in_white_space_at_the_end():
     assert pair == (tuple(turns('Hi', 'Yes')), 'No')
 
 
+@pytest.mark.parametrize('name, setting', [
+    ('text.txt', '--seed=3'), ('text.txt', '--balance=False'), ('chats.jsonl', '--special_tokens=False'),
+    ('mail.csv', '--val_fraction=0.2')])
+def test_a_setting_without_effect_on_the_task_is_refused(script, tmp_path, tokenizer_folder, name, setting):
+    (tmp_path / 'text.txt').write_text('one two three ' * 99)
+    (tmp_path / 'chats.jsonl').write_text(json.dumps(dict(messages=turns('Hi', 'Yo'))))
+    (tmp_path / 'mail.csv').write_text(''.join(f'{label},{label} {i}\n' for label in 'ab' for i in range(9)))
+    line = script('prepare.py', f'--input={name}', setting, f'--tokenizer={tokenizer_folder}', code=2).stderr
+    assert f"{setting.partition('=')[0]} has no effect on data for the task" in line
+
+
 # ---- labelled text ----
 
 def labelled(folder, name, text, **options):
