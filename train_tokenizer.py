@@ -24,7 +24,8 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from configurator import HERE, at_least, between, configure, fail, make_folder, one_of, read_json, replacing
+from configurator import (HERE, at_least, between, configure, fail, make_folder, one_of, read_json, refuse_model,
+                          replacing)
 
 out_dir = 'out/tokenizer'   # where tokenizer.json and tokenizer_config.json go
 input = ''                  # a file or folder, as prepare.py takes it; '' is the built-in pydoc
@@ -416,6 +417,7 @@ if __name__ == '__main__':
         sys.exit()
     if kind == 'bpe' and vocab_size < len(SPECIAL) + 256:
         fail(f"--vocab_size={vocab_size}: byte-level BPE needs {len(SPECIAL)} special tokens and 256 bytes")
+    refuse_model(out_dir, 'out_dir')                    # whose own tokenizer this would overwrite
     held_out = []
     texts = training_texts(input, max_bytes, held_out)
     backend = train_bpe(texts, vocab_size) if kind == 'bpe' else train_lookup(texts, vocab_size, kind)

@@ -231,3 +231,9 @@ def test_a_broken_tokenizer_is_one_line(tmp_path, capsys):
             load_tokenizer(folder)
         line = capsys.readouterr().err
         assert end.value.code == 2 and words in line and line.count('\n') == 1
+
+
+def test_the_tokenizer_of_a_run_is_not_overwritten(script, run_folder):
+    before = (run_folder / 'tokenizer.json').read_bytes()
+    line = script('train_tokenizer.py', f'--out_dir={run_folder}', code=2).stderr
+    assert 'holds ckpt.pt already' in line and (run_folder / 'tokenizer.json').read_bytes() == before
