@@ -34,7 +34,7 @@ from train_tokenizer import load_tokenizer
 out_dir = 'out/finetune_cls'    # where checkpoint, tokenizer, metrics, pictures and report go
 init_from = 'out/pretrain'      # 'resume' (go on in out_dir), a run's or Hugging Face folder, or 'gpt2', ...
 random_weights = False          # keep nothing of init_from but its shape and tokenizer
-max_iters = 300                 # optimizer steps
+max_iters = 150                 # optimizer steps
 eval_interval = 25              # save and measure loss and accuracy on val every so many steps
 log_interval = 10               # print a line every so many steps
 seed = 1337                     # of the head's weights, the order of the data, dropout
@@ -52,8 +52,8 @@ class_weights = False           # weigh a label's loss by how rare it is, for da
 trainable = 'all'               # 'head', 'last' (with the last block and final norm: the chapter's), or 'all'
 dropout = 0.1                   # share of activations dropped while training
 # the optimizer
-optimizer = 'adamw'             # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
-learning_rate = 3e-4            # highest
+optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
+learning_rate = 1e-3            # highest; with AdamW alone 3e-4 is better
 min_lr = -1.0                   # at the end of the cosine; -1 is a tenth of learning_rate
 warmup_iters = 20               # steps of linear warmup
 weight_decay = 0.1              # on matrices only

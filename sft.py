@@ -9,7 +9,7 @@ special tokens of ChatML, GPT-2's has not and takes the Alpaca layout; prepare.p
 
     python sft.py                                   # after pretrain.py: on pydoc_sft, in minutes -> out/sft
     python sft.py --debug_mask                      # which tokens are targets, in the first conversation
-    python sft.py --init_from=gpt2 --dataset=data/gpt2/instruction --batch_size=8 --learning_rate=5e-5
+    python sft.py --init_from=gpt2 --dataset=data/gpt2/instruction --optimizer=adamw --learning_rate=5e-5
     python sample.py --out_dir=out/sft --chat
 
 Conversations are short and of every length, so a row for each is mostly padding. --layout says what to do:
@@ -56,8 +56,8 @@ debug_mask = False              # print the first conversation, token by token w
 # the model: it keeps its shape
 dropout = 0.0                   # share of activations dropped while training
 # the optimizer
-optimizer = 'adamw'             # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
-learning_rate = 1e-3            # highest
+optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
+learning_rate = 3e-3            # highest; with AdamW alone 1e-3 is better
 min_lr = -1.0                   # at the end of the cosine; -1 is a tenth of learning_rate
 warmup_iters = 10               # steps of linear warmup
 weight_decay = 0.1              # on matrices only

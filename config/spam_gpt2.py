@@ -16,6 +16,7 @@ batch_size = 8
 max_iters = 650
 eval_interval = 50
 
+optimizer = 'adamw'
 learning_rate = 5e-5
 min_lr = 5e-5
 warmup_iters = 0
