@@ -105,8 +105,8 @@ def moods(tmp_path, tokenizer, byte_tokenizer):
     return make
 
 
-SMALL = ['--batch_size=8', '--learning_rate=3e-3', '--min_lr=3e-3', '--warmup_iters=0', '--dtype=float32',
-         '--device=cpu', '--log_interval=1']
+SMALL = ['--batch_size=8', '--optimizer=adamw', '--learning_rate=3e-3', '--min_lr=3e-3', '--warmup_iters=0',
+         '--dtype=float32', '--device=cpu', '--log_interval=1']
 
 
 @pytest.mark.parametrize('kind', ['minimind', 'gpt2'])
