@@ -298,13 +298,14 @@ def plain_text(content):
     return '\n'.join(m[part] for m in content[0] for part in ('content', 'input') if part in m)
 
 
-def side(texts, val_fraction):
-    """'train' or 'val' by a hash of a text, given in parts: the same in every run. White space counts as one
-    space, and at the ends as none, so texts that differ in nothing else are on one side."""
+def lot_of(texts):
+    """A number from 0 to 1 by a hash of a text, given in parts: held out are those below val_fraction, the
+    same in every run. White space counts as one space, and at the ends as none, so texts that differ in
+    nothing else are on one side."""
     digest = hashlib.sha256()
     for i, text in enumerate(texts):
         digest.update((' ' * (i > 0) + ' '.join(text.split())).encode())    # a part begins with white space
-    return 'val' if int(digest.hexdigest()[:8], 16) < val_fraction * 2**32 else 'train'
+    return int(digest.hexdigest()[:8], 16) / 2**32
 
 
 def count_unused(record, used, place=''):
@@ -355,8 +356,9 @@ def files_of(source):
 def read_pieces(source, task='pretrain', val_fraction=0.05, on_error='stop'):
     """Yield the Pieces of a .txt, .jsonl or .json file, or of a folder of them, for any task but 'cls'.
 
-    A record that names no split is held out by `side`, as is a .txt file among others, which is one document;
-    of one alone the last part is held out. Malformed input ends the run with file:line, or is counted.
+    A record that names no split is held out by its lot. So is one of several .txt files, each of which is a
+    document, and at least one of them; of one alone the last part is held out. Malformed input ends the run
+    with file:line, or is counted.
     """
     parse, _, used = TASKS[task]
 
@@ -364,38 +366,42 @@ def read_pieces(source, task='pretrain', val_fraction=0.05, on_error='stop'):
         content = parse(record)
         asked = content if isinstance(content, str) else ''.join(
             message.get(part, '') for message in content[0][:-1] for part in ('content', 'input'))
-        split = record['split'] if 'split' in record else side([asked], val_fraction)
+        split = record.get('split', 'val' if lot_of([asked]) < val_fraction else 'train')
         if split not in SPLITS:
             raise ValueError(f'"split" is {json.dumps(split)[:40]}, not one of {", ".join(SPLITS)}')
         count_unused(record, {*used, 'split', 'label'})
         return Piece(split, content, label=label if isinstance(label := record.get('label'), str) else '')
 
-    files, piece = files_of(source), None
+    files, lots, piece = files_of(source), {}, None
+    for file in [file for file in files if ending(file) == '.txt']:
+        with checking(file, on_error):
+            if task != 'pretrain':
+                raise ValueError(f"a .txt file is for pretraining, and this is for the task {task!r}")
+            if not any(text.strip() for text in text_parts(file)):
+                raise ValueError("the file is empty")
+            lots[file] = lot_of(text_parts(file))
     for file in files:
         with checking(file, on_error):
-            if ending(file) != '.txt':
+            if file in lots:
+                val = lots[file] <= max(val_fraction, min(lots.values()))
+                pieces = read_txt(file, val_fraction, ('train', 'val')[val] if len(lots) > 1 else None)
+            elif ending(file) != '.txt':
                 pieces = (piece for _, piece in read_records(file, piece_of, on_error))
-            elif task == 'pretrain':
-                pieces = read_txt(file, val_fraction, whole=len(files) > 1)
             else:
-                raise ValueError(f"a .txt file is for pretraining, and this is for the task {task!r}")
+                continue
             for piece in pieces:
                 yield piece
     if not piece:
         fail(f"{source}: nothing is left to read{skipped()}")
 
 
-def read_txt(file, val_fraction, size=1 << 16, whole=False):
-    """Yield a text file, which is one document, as Pieces of about `size` bytes. Its end is held out, or with
-    `whole` all of it, by `side`. It is read twice, so that a malformed file gives no Piece at all."""
+def read_txt(file, val_fraction, side=None, size=1 << 16):
+    """Yield a text file, which is one document, as Pieces of about `size` bytes: all of it on a side, or its
+    end held out."""
     length = blank = 0
     for text in text_parts(file, size):
         length, blank = length + len(text), len(text) - len(text.rstrip())
-    if length == blank:
-        raise ValueError("the file is empty")
-    split, border, at = 'train', round((length - blank) * (1 - val_fraction)), 0
-    if whole:
-        split, border = side(text_parts(file, size), val_fraction), length
+    split, border, at = side or 'train', length if side else round((length - blank) * (1 - val_fraction)), 0
     progress = Progress(f'reading {file}')
     for text in text_parts(file, size):
         if split == 'train' and border < min(length - blank, at + len(text)):

@@ -17,8 +17,8 @@ from conftest import ROOT, TEXT, data_script
 import prepare
 import train_tokenizer
 from configurator import Run
-from prepare import (Piece, files_of, open_data, read_meta, read_pieces, read_split, read_txt, side, skipped,
-                     write_data)
+from prepare import (Piece, files_of, lot_of, open_data, read_meta, read_pieces, read_split, read_txt,
+                     skipped, write_data)
 from train_tokenizer import load_tokenizer, text_parts
 
 
@@ -155,17 +155,32 @@ def test_in_a_folder_a_file_is_a_document(tmp_path):
             documents.append((split, begun.strip()))
             begun = ''
     # whole, twins on the same side, and on the side of a record
-    assert documents == [(side([text], 0.3), text) for text in texts for _ in 'ab'] and not begun
+    sides = ['val' if lot_of([text]) < 0.3 else 'train' for text in texts]
+    assert documents == [pair for pair in zip(sides, texts) for _ in 'ab'] and not begun
     assert 8 <= [split for split, _ in documents[::2]].count('val') <= 30
 
 
 def test_the_side_of_a_file_does_not_depend_on_how_it_is_read(tmp_path):
     text = 'one  two\n\nthree ' * 2000 + '\n'
     (tmp_path / 'a.txt').write_text(text)
-    fractions = [i / 64 for i in range(64)]
     for size in (100, 1 << 16):
-        sides = [side(text_parts(str(tmp_path / 'a.txt'), size), fraction) for fraction in fractions]
-        assert sides == [side([' '.join(text.split())], fraction) for fraction in fractions]
+        assert lot_of(text_parts(str(tmp_path / 'a.txt'), size)) == lot_of([' '.join(text.split())])
+
+
+def test_of_a_few_files_one_is_held_out_and_of_one_good_file_the_end(tmp_path, capsys):
+    for name in 'abc':
+        (tmp_path / f'{name}.txt').write_text(f'The text {name}. ' * 40)
+    (tmp_path / 'empty.txt').touch()
+    lots = {name: lot_of([f'The text {name}. ' * 40]) for name in 'abc'}
+    held_out = {p.content[9] for p in read_pieces(str(tmp_path), val_fraction=1e-9, on_error='skip')
+                if p.split == 'val' and p.content.startswith('The text')}
+    assert held_out == {min(lots, key=lots.get)}
+    for name in 'bc':
+        (tmp_path / f'{name}.txt').write_bytes(b'\xb5')
+    pieces = list(read_pieces(str(tmp_path), val_fraction=0.25, on_error='skip'))
+    text = {side: ''.join(p.content for p in pieces if p.split == side) for side in ('train', 'val')}
+    assert text['train'] + text['val'] == 'The text a. ' * 40
+    assert len(text['val']) == pytest.approx(0.25 * 12 * 40, abs=15)
 
 
 @pytest.mark.parametrize('as_such', [True, False])
