@@ -159,6 +159,49 @@ def test_resumed_with_another_batch_size_each_row_is_read_once(script, data, ste
     assert counted == [128, 256, 320, 384, 448, 512]
 
 
+def test_resumed_on_two_ranks_it_reads_the_rows_that_follow(script, data, tmp_path):
+    """At a learning rate of 0 the loss of a step tells which rows it read."""
+    common = [*TINY, data, '--eval_interval=2', '--learning_rate=0']
+    script('pretrain.py', *common, '--max_iters=4', '--out_dir=whole')
+    script('pretrain.py', *common, '--max_iters=2')
+    script('pretrain.py', '--out_dir=run', '--init_from=resume', '--max_iters=4', '--batch_size=2',
+           '--gradient_accumulation_steps=2', torchrun=2)
+    whole, run = ([(line['loss'], line['tokens']) for line in metrics(tmp_path / name) if 'loss' in line]
+                  for name in ('whole', 'run'))
+    assert [tokens for _, tokens in run] == [tokens for _, tokens in whole] == [128, 256, 384, 512]
+    assert [loss for loss, _ in run] == pytest.approx([loss for loss, _ in whole], abs=1e-5)
+
+
+@pytest.mark.parametrize('dtypes', [('float32', 'float16', 'bfloat16'), ('bfloat16', 'float32', 'float16'),
+                                    ('float16', 'bfloat16', 'float16')])
+def test_any_dtype_can_follow_any(script, data, tmp_path, dtypes):
+    script('pretrain.py', *TINY, data, '--max_iters=1', f'--dtype={dtypes[0]}')
+    for step, dtype in enumerate(dtypes[1:], 2):
+        again = [f'--max_iters={step}', f'--dtype={dtype}']
+        script('pretrain.py', '--out_dir=run', '--init_from=resume', *again)
+    assert load_checkpoint(tmp_path / 'run')['step'] == 3
+    assert all(w.isfinite().all() for w in weights(tmp_path / 'run').values())
+
+
+def test_the_speed_counts_the_time_that_a_device_is_waited_for(tmp_path, monkeypatch):
+    """The numbers of a step are there when the device has done it: the clock is read behind them."""
+    training = make_training(start_run('cpu', 'float32'), dict(CONFIG, out_dir=str(tmp_path)))
+    clock = [100.0]
+    monkeypatch.setattr('pretrain.time.time', lambda: clock[0])
+    sums = Run.sum
+
+    def wait(self, *numbers):
+        clock[0] += 0.5
+        return sums(self, *numbers)
+    steps = iter(training)
+    next(steps)
+    monkeypatch.setattr(Run, 'sum', wait)
+    training.total_weight = 1
+    training.backward(training.model(torch.arange(8)[None], torch.arange(1, 9)[None])[1])
+    training.update(tokens=8)
+    assert metrics(tmp_path)[0]['tokens_per_second'] == 8 / 0.5
+
+
 def test_after_torchrun_restarts_a_rank_that_died_the_run_goes_on(script, data, steps, tmp_path, monkeypatch):
     arguments = [*TINY, data, '--max_iters=6', '--eval_interval=2', '--dropout=0.1']
     script('pretrain.py', *arguments)
