@@ -58,8 +58,8 @@ alpha = 0.5                     # share of the data's cross-entropy; the teacher
 temperature = 2.0               # T: higher shows more of what the teacher holds for less likely
 tag_weight = 10.0               # of the tokens of <think>, </think>, <answer>, </answer>; 1 is like any other
 # the optimizer
-optimizer = 'adamw'             # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
-learning_rate = 3e-3            # highest
+optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
+learning_rate = 1e-2            # highest; with AdamW alone 3e-3 is better
 min_lr = -1.0                   # at the end of the cosine; -1 is a tenth of learning_rate
 warmup_iters = 20               # steps of linear warmup
 weight_decay = 0.1              # on matrices only
