@@ -24,11 +24,12 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -376,8 +377,14 @@ def replacing(path, previous=None):
         yield partial
         with open(partial, 'rb+') as f:
             os.fsync(f.fileno())
-        if previous and os.path.exists(path):
-            os.replace(path, previous)
+        if previous and os.path.exists(path):           # by a second name: there is a `path` at any moment
+            with suppress(FileNotFoundError):
+                os.remove(f'{previous}.tmp')
+            try:
+                os.link(path, f'{previous}.tmp')
+            except OSError:                             # a file system without second names
+                shutil.copyfile(path, f'{previous}.tmp')
+            os.replace(f'{previous}.tmp', previous)
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):

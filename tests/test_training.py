@@ -309,6 +309,8 @@ def test_a_checkpoint_is_on_the_disk_before_the_old_one_goes(tmp_path, tokenizer
     def spy(old, new):
         calls.append(os.path.basename(new))
         replace(old, new)
+        assert load_checkpoint(tmp_path)['step'] == 1 + (calls[-1] == 'ckpt.pt')    # if killed here
+        assert (tmp_path / 'ckpt.pt').exists()
     monkeypatch.setattr(os, 'fsync', lambda number: calls.append(f'fsync {os.fstat(number).st_size}'))
     monkeypatch.setattr(os, 'replace', spy)
     save_checkpoint(run, tmp_path, tokenizer, MiniMindConfig(), step=2, settings={})
