@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def kill(folder, stage, rng):
     args, after = [*STAGES[stage], *LOOP, '--out_dir=cut'], rng.randrange(2, 45)
     child, printed, lines = start(folder, f'{stage}.py', *args), 0, 0
     for line in child.stdout:
-        if 'val loss' in line or 'held-out loss' in line:       # of a step whose save has begun
+        if re.match(r'step .*(val|held-out) loss', line):       # of a step whose save has begun
             printed = max(printed, int(line.split()[1].replace(',', '')) - 1)
         lines += line.startswith('step')
         if lines == after:
