@@ -173,9 +173,10 @@ class Training:
         self.say(f"step {self.step:6,}  {line}")
         if self.run.rank == 0:
             self.log.write(step=self.step, **numbers)
-        is_lowest, self.lowest = numbers['val_loss'] < self.lowest, min(numbers['val_loss'], self.lowest)
-        if self.step > self.first and (self.always_save or is_lowest):
-            self.save()
+        if self.step > self.first:                          # where it starts there is nothing new to keep
+            is_lowest, self.lowest = numbers['val_loss'] < self.lowest, min(numbers['val_loss'], self.lowest)
+            if self.always_save or is_lowest:
+                self.save()
         self.evaluation_seconds = time.time() - self.step_began
         self.mark = self.mark[0] + self.evaluation_seconds, *self.mark[1:]      # it is no time of training
 
