@@ -266,8 +266,8 @@ def messages_of(record):
 
 
 def pair_of(record):
-    """(conversation that ends in the chosen answer, rejected answer) of a record: two conversations, or two
-    answers to an instruction."""
+    """(conversation that ends in the chosen answer, the rejected one, a message) of a record: two
+    conversations, or two answers to an instruction."""
     sides = []
     for key in ('chosen', 'rejected'):
         value, is_answer = record[field_of(record, key)], 'instruction' in record
@@ -280,13 +280,13 @@ def pair_of(record):
         raise ValueError('"chosen" and "rejected" answer different prompts')
     if chosen['content'] == rejected['content']:
         raise ValueError('"chosen" and "rejected" are the same answer')
-    return sides[0], rejected['content']
+    return sides[0], rejected
 
 
 class Piece(NamedTuple):
     """What is encoded at once: a document, or a part of a long text, so that memory use stays bounded."""
     split: str                  # 'train', 'val' or 'test'
-    content: str | tuple        # text, or (messages,) of a conversation, or (messages, rejected answer)
+    content: str | tuple        # text, or (messages,) of a conversation, or (messages, the rejected one)
     ends_document: bool = True
     label: str = ''             # '' if the record has none
 
@@ -452,9 +452,10 @@ def read_labelled(source, balance=True, seed=1337, on_error='stop'):
 # ---- what is encoded -> ids and mask: of each task a function, Pieces -> (Piece, ids, mask) ----
 
 def encode_texts(tokenizer, pieces):
-    """For pretraining: each token is a target, and <|endoftext|> ends a document, if its text has not."""
+    """For pretraining: each token is a target, and eot ends a document, if its text has not."""
     for piece, ids in zip(pieces, tokenizer.encode_batch([piece.content for piece in pieces])):
-        ended = piece.content.rstrip().endswith('<|endoftext|>') and tokenizer.eot in ids
+        end = tokenizer.backend.id_to_token(tokenizer.eot)
+        ended = piece.content.rstrip().endswith(end) and tokenizer.eot in ids
         ids = ids + [tokenizer.eot] * (piece.ends_document and not ended)
         yield piece, ids, [1] * len(ids)
 
@@ -684,6 +685,8 @@ def open_data(run, dataset, task, tokenizer=''):
     meta = read_meta(dataset, task)
     if isinstance(tokenizer, str) and tokenizer:
         tokenizer = load_tokenizer(tokenizer)
+    if tokenizer and task in ('sft', 'dpo'):
+        tokenizer.take_own_layout(run.rank == 0)
     if tokenizer and meta['tokenizer'] != tokenizer.fingerprint:
         fail(f"{folder} was tokenised otherwise than by {made_with}: run `python prepare.py "
              f"--dataset={dataset} --tokenizer={made_with}`"

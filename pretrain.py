@@ -517,7 +517,7 @@ if __name__ == '__main__':
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
     training = Training(run, config, model, optimizers, tokenizer, checkpoint)
     training.announce(f"{len(train.tokens):,} training tokens", len(train.tokens) / block_size)
-    prompt_ids = [tokenizer.eot, *tokenizer.encode(prompt)][-model.config.context // 2:]
+    prompt_ids = [tokenizer.bos, *tokenizer.encode(prompt)][-model.config.context // 2:]
 
     model.train()
     for _ in training:

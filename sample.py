@@ -47,6 +47,7 @@ on_full = 'stop'            # when the context is full: 'stop', or 'slide' and f
 # the conversation
 chat = False                # talk with the model; a line that ends in \ goes on, /reset forgets, /exit ends
 system = ''                 # what the model is told before the conversation
+thinking = False            # let it think before each answer, if it has learned that
 # the choice
 temperature = 0.7           # 0 is greedy: always the likeliest token
 top_k = 0                   # keep only the k likeliest tokens; 0 keeps all
@@ -192,7 +193,7 @@ class Stream:
         """Take the next token, and return the text it makes certain."""
         if self.ended:
             return ''
-        if token in stop_ids(self.tokenizer):
+        if token in self.tokenizer.ends:
             return self.finish()
         self.new.append(token)
         before = len(self.tokenizer.decode(self.prompt))
@@ -220,7 +221,7 @@ class Stream:
 def answers(model, tokenizer, prompts, max_new_tokens, batch_size=16, temperature=0.0, **how):
     """Texts that continue prompts (id lists of any length): [(text, whether it ended by itself), ...].
     Greedy, or with the same random numbers each time, so that texts compare."""
-    device, results, stop = next(model.parameters()).device, [], stop_ids(tokenizer)
+    device, results, stop = next(model.parameters()).device, [], tokenizer.ends
     generator = torch.Generator(device).manual_seed(0)
     with evaluating(model):
         for i in range(0, len(prompts), batch_size):
@@ -347,11 +348,6 @@ def read_prompt(start):
         fail(f"{where}:{text[:e.start].count(10) + 1}: not UTF-8 (byte 0x{text[e.start]:02x})")
 
 
-def stop_ids(tokenizer):
-    """The ids that end a text: <|endoftext|> and, where there is one, <|im_end|>."""
-    return {tokenizer.eot, tokenizer.im_end} - {None}
-
-
 # ---- conversation ----
 
 def read_message():
@@ -367,19 +363,20 @@ def read_message():
     return '\n'.join(line.removesuffix('\\') for line in lines)
 
 
-def prompt_that_fits(tokenizer, messages, room):
+def prompt_that_fits(tokenizer, messages, room, thinking=False):
     """The prompt for the next answer, in at most `room` ids: the oldest turns leave `messages` until
     it fits, the system message never. None if the last one alone does not fit."""
     first = 1 if messages[0]['role'] == 'system' else 0
-    while len(ids := encode_chat(tokenizer, messages, add_generation_prompt=True)[0]) > room:
+    while len(ids := encode_chat(tokenizer, messages, True, thinking)[0]) > room:
         if len(messages) == first + 1:
             return None
         del messages[first:first + 2]                   # a question and its answer
     return ids
 
 
-def converse(model, tokenizer, system, max_new_tokens, generator=None, **how):
+def converse(model, tokenizer, system, thinking, max_new_tokens, generator=None, **how):
     """Answer what is typed, on and on. All of it is text: "<|im_end|>" typed by a user ends nothing."""
+    tokenizer.take_own_layout()
     sys.stdin.reconfigure(errors='replace')
     device, context = next(model.parameters()).device, model.config.context
     opening = [dict(role='system', content=system)] if system else []
@@ -389,9 +386,9 @@ def converse(model, tokenizer, system, max_new_tokens, generator=None, **how):
             messages = list(opening)
         if text == '/reset' or not text.strip():
             continue
-        messages.append(dict(role='user', content=text))
+        messages.append(dict(role='user', content=text.strip()))
         before = len(messages)
-        ids = prompt_that_fits(tokenizer, messages, context - min(max_new_tokens, context // 2))
+        ids = prompt_that_fits(tokenizer, messages, context - min(max_new_tokens, context // 2), thinking)
         if ids is None:
             messages.pop()
             print(f"(too long: question and answer share a context of {context:,} tokens)", file=sys.stderr)
@@ -399,11 +396,14 @@ def converse(model, tokenizer, system, max_new_tokens, generator=None, **how):
         if len(messages) < before:
             print(f"(the context is full: {before - len(messages)} turns are forgotten)", file=sys.stderr)
         stream = Stream(tokenizer, ids)
-        for new in generate(model, torch.tensor([ids], device=device), max_new_tokens, stop_ids(tokenizer),
+        for new in generate(model, torch.tensor([ids], device=device), max_new_tokens, tokenizer.ends,
                             generator, vocab_size=tokenizer.vocab_size, **how):
             print(stream.add(new.item()), end='', flush=True)
         print(stream.finish())
-        messages.append(dict(role='assistant', content=stream.text))
+        thought, ended, content = stream.text.rpartition('</think>')
+        messages.append(dict(role='assistant', content=content.strip(),
+                             reasoning_content=thought.replace('<think>', '').strip()) if thinking else
+                        dict(role='assistant', content=stream.text.strip()))
 
 
 # ---- pictures ----
@@ -429,7 +429,7 @@ def plot_distribution(path, logits, tokenizer, temperatures=(1, 0.1, 5), n=9):
 
 def export(model, tokenizer, folder):
     """Write a folder that AutoModelForCausalLM and AutoTokenizer of transformers load."""
-    ends = sorted(stop_ids(tokenizer))
+    ends = sorted(tokenizer.ends)
     try:
         model.save_pretrained(folder, bos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot,
                               eos_token_id=ends if len(ends) > 1 else ends[0])
@@ -442,7 +442,7 @@ def export(model, tokenizer, folder):
 
 if __name__ == '__main__':
     configure(globals(), {
-        'chat': 'system', '!init_from': 'out_dir',
+        'chat': 'system thinking', '!init_from': 'out_dir',
         '!export_dir': 'chat start lines num_samples stop show_probs plot',
         '!chat': 'start lines num_samples stop show_probs plot on_full use_cache'},
         num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0), top_p=between(0, 1),
@@ -469,7 +469,7 @@ if __name__ == '__main__':
                repetition_penalty=repetition_penalty)
     generator = torch.Generator(run.device).manual_seed(seed)
     if chat:
-        converse(model, tokenizer, system, max_new_tokens, generator, **how)
+        converse(model, tokenizer, system, thinking, max_new_tokens, generator, **how)
         sys.exit()
     context = model.config.context
     text = read_prompt(start)
@@ -478,8 +478,8 @@ if __name__ == '__main__':
         fail("--lines: the prompt has no line with text in it")
     if show_probs and len(texts) > 1:
         fail("--show_probs looks at one prompt; leave out --lines")
-    # a prompt opens a document, so the token that ends the one before stands first, as it did in training
-    prompts = [[tokenizer.eot, *tokenizer.encode(t)] for t in texts]
+    # a prompt opens a document, so the token that did in training stands first
+    prompts = [[tokenizer.bos, *tokenizer.encode(t)] for t in texts]
     longest = max(map(len, prompts))
     if longest > context and on_full == 'stop':
         fail(f"the prompt has {longest:,} tokens, but the context of {source} is {context:,}: shorten it, or "

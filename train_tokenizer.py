@@ -13,12 +13,15 @@ The training text comes from prepare.py, run as a process, because it knows ever
 """
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import tiktoken
 import tokenizers
@@ -44,22 +47,23 @@ PUNCTUATION = r'[,.:;?_!"()\']|--'
 
 # ---- text <-> ids ----
 
-# ChatML, as `transformers` reads it from tokenizer_config.json; encode_chat below is the same in Python.
-CHAT_TEMPLATE = ("{% for message in messages %}"
-                 "<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
-                 "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-
 class Tokenizer:
     """Text <-> ids, over a `tokenizers` backend.
 
-    Text never becomes a special token: "<|im_end|>" typed by a user is ten plain characters. The special ids
-    are attributes: eot (<|endoftext|>), im_start and im_end, None where the vocabulary lacks them. Ids may
-    have holes: vocab_size is the largest id plus one.
+    Text never becomes a special token: "<|im_end|>" typed by a user is ten plain characters. Ids may have
+    holes: vocab_size is the largest id plus one. What came with a model stays with it: words, the contents of
+    its tokenizer_config.json with the chat template, and generation, those of its generation_config.json.
+
+    eot               ends a document: <|endoftext|>, or where the vocabulary lacks that the eos_token
+    bos               opens a text: the bos_token, or eot, which ended the text before
+    im_start, im_end  of ChatML, or None
+    ends              all ids that end an answer
+    layout            of conversations: a ChatML, or None for Alpaca's; strange: the template is another one
     """
 
-    def __init__(self, backend, source='gpt2'):
+    def __init__(self, backend, source='gpt2', words=None, generation=None):
         self.backend, self.source = backend, source         # source: where load_tokenizer finds it again
+        self.words, self.generation = dict(words or {}), dict(generation or {})
         # a call of transformers leaves them in the file it saves: every text is cut to a length, and padded
         backend.no_truncation()
         backend.no_padding()
@@ -68,8 +72,26 @@ class Tokenizer:
         backend.add_special_tokens([special_token(name) for name in SPECIAL if name in plain])
         backend.encode_special_tokens = True        # the library's name for taking them as ordinary text
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
-        self.eot = backend.token_to_id('<|endoftext|>')
         self.im_start, self.im_end = backend.token_to_id('<|im_start|>'), backend.token_to_id('<|im_end|>')
+        eos, bos = self.named('eos_token'), self.named('bos_token')
+        ids = self.generation.get('eos_token_id')
+        ids = [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int
+               and backend.id_to_token(i) is not None]
+        self.eot = next((i for i in (backend.token_to_id('<|endoftext|>'), eos, *ids) if i is not None), None)
+        self.bos = self.eot if bos is None else bos
+        self.ends = {self.eot, self.im_end, eos, *ids} - {None}
+        template = self.words.get('chat_template')
+        chat = None not in (self.im_start, self.im_end)
+        self.layout = find_layout(template, chat) if template else ChatML() if chat else None
+        self.strange = self.layout == 'strange'
+        if self.strange:
+            self.layout = ChatML() if chat else None
+
+    def named(self, key):
+        """The id of a special token that tokenizer_config.json names, or None."""
+        word = self.words.get(key)
+        word = word.get('content') if isinstance(word, dict) else word
+        return self.backend.token_to_id(word) if isinstance(word, str) else None
 
     @property
     def fingerprint(self):
@@ -88,17 +110,49 @@ class Tokenizer:
     def decode(self, ids):
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
+    def take_own_layout(self, aloud=True):
+        """From here on the chat template is that of the layout in use: the model is trained on it."""
+        if self.strange:
+            if aloud:
+                print(f"the chat template of {self.source} is none that is known here: conversations take "
+                      f"{'plain ChatML' if self.layout else 'the Alpaca layout'}", file=sys.stderr)
+            self.words['chat_template'], self.strange = own_template(self.layout), False
+
     def save(self, folder):
-        """Write tokenizer.json and tokenizer_config.json; transformers.AutoTokenizer loads the folder too."""
+        """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer of transformers reads too, and
+        the generation_config.json that came with the model."""
         make_folder(folder)
-        config = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
-                      eos_token='<|endoftext|>', pad_token='<|endoftext|>')
-        if self.im_end is not None:
-            config.update(bos_token='<|im_start|>', eos_token='<|im_end|>', chat_template=CHAT_TEMPLATE)
-        for name, text in (('tokenizer.json', self.backend.to_str(pretty=True)),
-                           ('tokenizer_config.json', json.dumps(config, ensure_ascii=False, indent=2))):
+        name = self.backend.id_to_token
+        own = dict(bos_token=name(self.bos), eos_token=name(self.eot if self.im_end is None else self.im_end),
+                   pad_token=name(self.eot), chat_template=own_template(self.layout))
+        # no default of one version: transformers 4 would send token_type_ids, which no model here takes
+        config = {**own, **self.words, 'tokenizer_class': 'PreTrainedTokenizerFast',
+                  'clean_up_tokenization_spaces': False, 'model_input_names': ['input_ids', 'attention_mask']}
+        if isinstance(config.get('extra_special_tokens'), list):       # transformers 5's name for them
+            config['additional_special_tokens'] = config.pop('extra_special_tokens')
+        files = {'tokenizer.json': self.backend.to_str(pretty=True), 'tokenizer_config.json': config,
+                 **({'generation_config.json': self.generation} if self.generation else {})}
+        for name, content in files.items():
             with replacing(os.path.join(folder, name)) as new, open(new, 'w', encoding='utf-8') as f:
-                f.write(text)
+                f.write(content if isinstance(content, str) else
+                        json.dumps(content, ensure_ascii=False, indent=2))
+
+
+def read_words(folder):
+    """(tokenizer_config.json, generation_config.json) of a folder as dicts: what goes with its model. Older
+    folders keep the end tokens in config.json, newer ones the chat template in a file of its own."""
+    words, generation, config = (read_json(path) if os.path.isfile(path) else {} for path in (
+        os.path.join(folder, name) for name in (
+            'tokenizer_config.json', 'generation_config.json', 'config.json')))
+    if 'eos_token_id' in config and 'eos_token_id' not in generation:
+        generation['eos_token_id'] = config['eos_token_id']
+    path, template = os.path.join(folder, 'chat_template.jinja'), words.get('chat_template')
+    if os.path.isfile(path):
+        template = ''.join(text_parts(path))
+    if isinstance(template, list):                          # several by name
+        template = next((t['template'] for t in template if t.get('name') == 'default'), None)
+    return {**words, 'chat_template': template} if isinstance(template, str) else {
+        key: value for key, value in words.items() if key != 'chat_template'}, generation
 
 
 def load_tokenizer(source):
@@ -109,15 +163,20 @@ def load_tokenizer(source):
     if not os.path.isfile(path):
         fail(f"no tokenizer {path}: train one with `python train_tokenizer.py`, or use --tokenizer=gpt2")
     try:
+        words = read_words(source)
+    except (OSError, ValueError) as e:
+        fail(str(e))
+    try:
         check_parts(read_json(path))
-        tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(path), source)
+        tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(path), source, *words)
         check_letters(tokenizer)
     except BaseException as e:      # `tokenizers` raises bare Exception; a panic inside it is not even that
         if isinstance(e, (KeyboardInterrupt, SystemExit)):
             raise
         fail(f"{path} is not a tokenizer: {str(e)[:300]}")
     if tokenizer.eot is None:
-        fail(f"{path} has no <|endoftext|>, which ends documents here")
+        fail(f"{path} has no <|endoftext|>, and no tokenizer_config.json beside it names another eos_token: "
+             f"what ends a document?")
     if dropout := getattr(tokenizer.backend.model, 'dropout', None):
         fail(f"{path} has dropout={dropout}, so the ids of a text would be others each time: set it to null")
     return tokenizer
@@ -332,73 +391,207 @@ def report(tokenizer, held_out):
 
 ALPACA_PREFACE = ("Below is an instruction that describes a task. "
                   "Write a response that appropriately completes the request.")
+NO_THOUGHT = '<think>\n\n</think>\n\n'
+TOOLS = ('''# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>''', '''
+</tools>
+
+For each function call, return a json object with function name and arguments within \
+<tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>''')
 
 
-def encode_chat(tokenizer, messages, add_generation_prompt=False):
+class ChatML(NamedTuple):
+    """The layout of Qwen, SmolLM and MiniMind, and what differs between them."""
+    system: str = ''            # what the system says where a conversation leaves that open
+    thinks: str = 'given'       # which answers have a <think> part: 'given', those with thoughts; 'always';
+    #                             'last', those behind the last question, as older thoughts are forgotten
+    lead: str = '<think>\n'     # how a prompt ends whose answer shall begin with thoughts
+    tools: bool = True          # whether there is a place for tools
+    trim: bool = True           # whether texts lose the white space at their ends
+
+
+def encode_chat(tokenizer, messages, add_generation_prompt=False, thinking=False):
     """A conversation -> (ids, mask), two lists of the same length: in ChatML (chapter II-9) if the tokenizer
     has its special tokens, else in the Alpaca layout (chapter I-8).
 
-    messages  [{'role': 'system' | 'user' | 'assistant', 'content': text}, ...]; content is stripped. A user's
-              turn may have its material apart, as 'input'.
+    messages  [{'role': 'system' | 'user' | 'assistant' | 'tool', 'content': text}, ...]. A user's turn may
+              have its material apart, as 'input'; an answer its thoughts, as 'reasoning_content', and
+              'tool_calls', [{'name', 'arguments'}, ...]; the first message 'tools', what may be called
+    thinking  whether the answer that add_generation_prompt asks for begins with thoughts
     mask      1 on each token of the assistant's answers, and on the <|im_end|> or <|endoftext|> after them
+    Raises ValueError where the layout has no place for something.
     """
     ids, mask = [], []
-    layout = alpaca if tokenizer.im_start is None else chatml
-    for tokens, target in layout(tokenizer, messages, add_generation_prompt):
+    layout = chatml if tokenizer.layout else alpaca
+    if not tokenizer.layout or tokenizer.layout.trim:
+        messages = [{key: text.strip() if isinstance(text, str) else text for key, text in message.items()}
+                    for message in messages]
+    for tokens, target in layout(tokenizer, messages, add_generation_prompt, thinking):
         ids.extend(tokens)
         mask.extend([target] * len(tokens))
     return ids, mask
 
 
-def chatml(tokenizer, messages, add_generation_prompt):
-    """Yield (ids, target) part by part; each turn is `<|im_start|>role\\ncontent<|im_end|>\\n`."""
-    opening = [tokenizer.im_start, *tokenizer.encode('assistant\n')]    # generation starts after it, too
-    for message in messages:
-        role, content = message['role'], message['content'].strip()
-        if message.get('input', '').strip():
-            content += '\n\n' + message['input'].strip()
+def as_json(value):
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def chatml(tokenizer, messages, add_generation_prompt, thinking):
+    """Yield (ids, target) part by part; each turn is `<|im_start|>role\\ncontent<|im_end|>\\n`. What a prompt
+    ends with is tokenised apart, and no target: so an answer follows the same ids as in training."""
+    layout, opening = tokenizer.layout, [tokenizer.im_start, *tokenizer.encode('assistant\n')]
+
+    def turn(role, content):
+        return [tokenizer.im_start, *tokenizer.encode(f'{role}\n{content}'), tokenizer.im_end]
+
+    system = messages[0]['content'] if messages[0]['role'] == 'system' else None
+    if tools := messages[0].get('tools'):
+        if not layout.tools:
+            raise ValueError("the chat template of this tokenizer has no place for tools")
+        listed = ''.join('\n' + as_json(tool) for tool in tools)
+        system = ('' if system is None else f'{system}\n\n') + TOOLS[0] + listed + TOOLS[1]
+    elif system is None:
+        system = layout.system or None
+    turns = [*([] if system is None else [dict(role='system', content=system)]),
+             *messages[messages[0]['role'] == 'system':]]
+    question = max((i for i, message in enumerate(turns) if message['role'] == 'user'), default=len(turns))
+    responses = []
+    for i, message in enumerate(turns):
+        role, content = message['role'], message['content']
         if role == 'assistant':
-            yield opening, 0
-            yield [*tokenizer.encode(content), tokenizer.im_end], 1
+            lead, text = answer_text(message, layout, i > question, i == len(turns) - 1)
+            yield opening + tokenizer.encode(lead), 0
+            yield [*tokenizer.encode(text), tokenizer.im_end], 1
+        elif role == 'tool':                                # responses one after another share a turn
+            responses.append(f'<tool_response>\n{content}\n</tool_response>')
+            if turns[i + 1:] and turns[i + 1]['role'] == 'tool':
+                continue
+            yield turn('user', '\n'.join(responses)), 0
+            responses = []
         else:
-            yield [tokenizer.im_start, *tokenizer.encode(f'{role}\n{content}'), tokenizer.im_end], 0
+            yield turn(role, content + ('\n\n' + message['input'] if message.get('input') else '')), 0
         yield tokenizer.encode('\n'), 0
     if add_generation_prompt:
-        yield opening, 0
+        lead = layout.lead if thinking else '' if layout.thinks == 'given' else NO_THOUGHT
+        yield opening + tokenizer.encode(lead), 0
 
 
-def alpaca(tokenizer, messages, add_generation_prompt):
+def answer_text(message, layout, is_answer_to_last, is_last):
+    """(what the prompt gives of an answer, the rest of its text): thoughts, content and calls of tools."""
+    content, thought, calls = message['content'], message.get('reasoning_content', ''), ''
+    if layout.thinks != 'given':
+        if not thought and '</think>' in content:
+            thought, _, content = content.rpartition('</think>')
+            thought = thought.rpartition('<think>')[2]
+        thought, content = thought.strip('\n'), content.lstrip('\n')
+    for call in message.get('tool_calls', ()):
+        calls += '\n' * bool(content or calls) + '<tool_call>\n{"name": "' + call['name'] + (
+            '", "arguments": ' + as_json(call['arguments']) + '}\n</tool_call>')
+    if layout.thinks == 'last' and not (is_answer_to_last and (thought or is_last)) or (
+            layout.thinks == 'given' and not thought):
+        return '', content + calls
+    lead = layout.lead if thought else NO_THOUGHT
+    return lead, f'<think>\n{thought}\n</think>\n\n{content}{calls}'.removeprefix(lead)
+
+
+def alpaca(tokenizer, messages, add_generation_prompt, thinking):
     """Yield (ids, target) part by part. A system message replaces the sentence that opens the layout; a later
     turn follows the <|endoftext|> of the answer before it. Padding is <|endoftext|> too, but the first one
     after an answer is a target: so the model learns to stop."""
     opening = tokenizer.encode('\n\n### Response:\n')
     preface = ALPACA_PREFACE + '\n\n'
     for message in messages:
-        role, content = message['role'], message['content'].strip()
+        role, content = message['role'], message['content']
+        if role == 'tool' or message.get('tools') or message.get('tool_calls'):
+            raise ValueError("tools need ChatML, and this tokenizer has no <|im_start|>")
         if role == 'system':
             preface = content + '\n\n'
         elif role == 'user':
-            material = message.get('input', '').strip()
-            material = f'\n\n### Input:\n{material}' if material else ''
+            material = f"\n\n### Input:\n{message['input']}" if message.get('input') else ''
             yield tokenizer.encode(f'{preface}### Instruction:\n{content}{material}'), 0
             preface = ''
         else:
+            if message.get('reasoning_content'):
+                content = f"<think>\n{message['reasoning_content']}\n</think>\n\n{content}"
             yield opening, 0
             yield [*tokenizer.encode(content), tokenizer.eot], 1
     if add_generation_prompt:
-        yield opening, 0
+        yield opening + tokenizer.encode('<think>\n' * thinking), 0
 
 
 def encode_pair(tokenizer, messages, rejected):
     """Two answers to one prompt -> [(ids, mask), (ids, mask)] of chosen and rejected (chapter II-10).
 
-    messages  a conversation that ends in the chosen answer; rejected takes its place in the second
-    The prompt is tokenised once, and only the last answer is target: turns before it are the same in both.
+    messages  a conversation that ends in the chosen answer; rejected, a message, stands for it in the second
+    Only the last answer is target: turns before it are the same in both.
     """
-    prompt, _ = encode_chat(tokenizer, messages[:-1], add_generation_prompt=True)
-    end = tokenizer.eot if tokenizer.im_end is None else tokenizer.im_end
-    answers = [[*tokenizer.encode(text.strip()), end] for text in (messages[-1]['content'], rejected)]
-    return [(prompt + answer, [0] * len(prompt) + [1] * len(answer)) for answer in answers]
+    pair = []
+    for answer in (messages[-1], rejected):
+        ids, mask = encode_chat(tokenizer, [*messages[:-1], answer])
+        end = len(mask) - mask[::-1].index(1)
+        begin = end - mask[:end][::-1].index(0)
+        pair.append((ids[:end], [0] * begin + [1] * (end - begin)))
+    return pair
+
+
+# ---- the same as templates, for `transformers` and servers ----
+
+def own_template(layout):
+    """The chat template of the layouts that are the project's own: plain ChatML, or Alpaca's."""
+    name = 'chatml.jinja' if layout else 'alpaca.jinja'
+    with open(os.path.join(HERE, 'data', name), encoding='utf-8') as f:
+        return f.read().strip()
+
+
+def find_layout(template, has_chatml):
+    """The layout that renders as a chat template does: a ChatML, None for Alpaca's, or 'strange' if there is
+    none. Compared is what both make of the same conversations, so it does not matter how it is written."""
+    for layout in (ChatML(), None) if has_chatml else (None,):
+        if template == own_template(layout):
+            return layout
+    from jinja2.sandbox import ImmutableSandboxedEnvironment             # torch brings jinja2
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=['jinja2.ext.loopcontrols'])
+    environment.filters['tojson'] = as_json
+
+    def theirs(messages, prompt=True, think=False, **how):
+        try:
+            return environment.from_string(template).render(messages=messages, add_generation_prompt=prompt,
+                                                            bos_token='', eos_token='<|endoftext|>', **how)
+        except Exception:               # a template is a program: it may refuse a role, or be damaged
+            return None
+
+    def ours(messages, prompt=True, think=False):
+        letters = SimpleNamespace(encode=lambda text: [text], layout=layout, im_start='<|im_start|>',
+                                  im_end='<|im_end|>', eot='<|endoftext|>')
+        return ''.join(encode_chat(letters, messages, prompt, think)[0])
+
+    system, *turns = (dict(role=role, content=f'{role} {i}') for i, role in enumerate(
+        ('system', 'user', 'assistant', 'user', 'assistant', 'user')))
+    default = re.match(r'<\|im_start\|>system\n(.*?)<\|im_end\|>', theirs(turns[:1]) or '', re.DOTALL)
+    tools, call = [dict(name='f')], dict(turns[1], tool_calls=[dict(name='f', arguments=dict(x=1))])
+    using = [dict(system, tools=tools), turns[0], call, dict(role='tool', content='t')]
+    on, off = ({f'{word}_thinking': value for word in ('enable', 'open')} for value in (True, False))
+    for layout in itertools.product([default[1] if default else ''], ('given', 'always', 'last'),
+                                    ('<think>\n', ''), (True, False)) if has_chatml else ():
+        layout = ChatML(*layout, trim=False)
+        off = off if layout.thinks != 'given' else {}
+        thoughts = [[turns[0], dict(turns[1], reasoning_content='r')]] * (layout.thinks != 'given')
+        whole, asking = (turns[:2], [system, *turns[:2]], *thoughts), (turns, [system, *turns])
+        if (all(theirs(messages, False, **off) == ours(messages, False) for messages in whole)
+                and all(theirs(messages, **off) == ours(messages) for messages in asking)
+                and theirs(turns, **on) == ours(turns, think=True)
+                and (not layout.tools or theirs(using, tools=tools, **off) == ours(using))):
+            return layout
+    layout = None
+    return None if theirs([system, *turns]) == ours([system, *turns]) else 'strange'
 
 
 def print_mask(tokenizer, ids, mask):

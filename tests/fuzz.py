@@ -128,7 +128,8 @@ class Good:
         self.tokenizer.save(self.folder / 'tokenizer')
         self.tokenizer = load_tokenizer(self.folder / 'tokenizer')
         chat = dict(role='user', content='Who?'), dict(role='assistant', content='A keeper.')
-        contents = dict(pretrain=TEXT, cls=TEXT[:40], sft=(chat,), dpo=(chat, 'The sea.'))
+        other = dict(role='assistant', content='The sea.')
+        contents = dict(pretrain=TEXT, cls=TEXT[:40], sft=(chat,), dpo=(chat, other))
         for task, content in contents.items():
             pieces = [Piece(split, content, label=label) for split in ('train', 'val', 'test')
                       for label in ('abab' if task == 'cls' else ['', ''])]

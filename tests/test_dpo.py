@@ -87,7 +87,8 @@ PAIR = {'chosen': [USER, GOOD], 'rejected': [USER, BAD]}
 
 def test_prompt_is_shared_and_only_the_last_answer_is_target(tokenizer):
     messages = (USER, BAD, USER, GOOD)
-    (chosen, chosen_mask), (rejected, rejected_mask) = encode_pair(tokenizer, messages, 'No.')
+    other = dict(role='assistant', content='No.')
+    (chosen, chosen_mask), (rejected, rejected_mask) = encode_pair(tokenizer, messages, other)
     n = chosen_mask.index(1)
     assert n == rejected_mask.index(1) and chosen[:n] == rejected[:n]
     assert tokenizer.decode(chosen[n:]) == 'Yes.<|im_end|>' and all(chosen_mask[n:])
@@ -97,7 +98,7 @@ def test_prompt_is_shared_and_only_the_last_answer_is_target(tokenizer):
 
 def test_instructions_with_two_answers_are_the_same_pairs():
     record = {'instruction': 'May I?', 'input': '', 'output': '?', 'chosen': 'Yes.', 'rejected': 'No.'}
-    assert pair_of(record) == pair_of(PAIR) == ((USER, GOOD), 'No.')
+    assert pair_of(record) == pair_of(PAIR) == ((USER, GOOD), BAD)
 
 
 @pytest.mark.parametrize('record, reason', [

@@ -205,7 +205,7 @@ def test_no_conversation_is_in_train_and_val_token_for_token(tmp_path, tokenizer
 
 def test_prompts_of_a_pair_may_differ_in_white_space_at_the_end():
     pair = prepare.pair_of(dict(chosen=turns('Hi ', 'Yes'), rejected=turns('Hi', 'No')))
-    assert pair == (tuple(turns('Hi', 'Yes')), 'No')
+    assert pair == (tuple(turns('Hi', 'Yes')), dict(role='assistant', content='No'))
 
 
 @pytest.mark.parametrize('name, setting', [
