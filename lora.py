@@ -10,13 +10,15 @@ that names their base, and sample.py speaks from it directly. Merged, W + alpha/
     python lora.py --targets=q_proj,o_proj --rank=16        # the chapter's: MiniMind's square layers
     python lora.py --merge_to=out/merged            # out/lora inside its base: a run like any other
     python lora.py --to_peft=out/peft               # out/lora in PEFT's layout, and back:
-    python lora.py --from_peft=out/peft --init_from=out/sft --out_dir=out/again
+    python lora.py --from_peft=out/peft --init_from=out/sft --out_dir=out/again   # or MiniMind's .pth
 
 The loop comes from pretrain.py; loss, rows and report from sft.py. What differs is what trains.
 """
+import importlib.util
 import json
 import math
 import os
+import re
 import sys
 
 import torch
@@ -24,10 +26,11 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import (above, at_least, check_weights, configure, fail, fingerprint, load_checkpoint,
-                          make_folder, read_json, refuse_model, save_checkpoint, start_run)
+                          make_folder, read_json, read_weights, refuse_model, save_checkpoint, start_run)
+from model_gpt2 import OFFICIAL
 from prepare import open_data
 from pretrain import Training, make_optimizers
-from sample import load_base, load_start
+from sample import export, load_base, load_start
 from sft import held_out_loss, open_rows, write_report
 from train_tokenizer import load_tokenizer
 
@@ -46,7 +49,7 @@ wandb_log = False               # log to Weights & Biases too
 # instead of training
 merge_to = ''                   # write out_dir's model here with its adapters merged, and stop
 to_peft = ''                    # write out_dir's adapters here in PEFT's layout, and stop
-from_peft = ''                  # take adapters in PEFT's layout from here into out_dir, and stop
+from_peft = ''                  # put adapters of a PEFT folder, or MiniMind's .pth, on init_from, and stop
 # the data
 dataset = 'reason'              # name in data/, or a path; a built-in one is prepared when missing
 layout = 'packed'               # 'packed', 'bucketed' or 'padded', as in sft.py
@@ -56,7 +59,7 @@ block_size = 256                # tokens in a row; what is longer is cut
 # the adapters
 rank = 8                        # r
 alpha = 16.0                    # alpha / rank scales B A; a larger one acts as a higher learning rate
-targets = 'all'                 # names of layers, with commas; 'all': those of attention and feed-forward
+targets = 'all'                 # layers, 'q_proj,attn.c_proj'; 'all': those of attention and feed-forward
 dropout = 0.0                   # share of an adapter's input dropped while training
 # the optimizer
 learning_rate = 5e-3            # highest
@@ -98,27 +101,28 @@ def adapters(model):
 
 
 def inject(model, rank, alpha, dropout=0.0, targets='all'):
-    """Put an adapter on every linear layer with a name in `targets`, in place, and freeze everything else.
+    """Put an adapter on every linear layer that `targets` names, in place, and freeze everything else.
 
-    targets  'all', or last names of layers with commas between: 'q_proj,o_proj' are the chapter's, which
-             takes whatever is square. Named, they stay the same layers in a model of other shapes. A
-             mixture's experts are stacks and no linear layers: they stay frozen.
+    targets  'all', or names with commas between, each a layer's path or the end of one: 'q_proj,o_proj' are
+             the chapter's, which takes whatever is square; 'attn.c_proj' is one of GPT-2's two. A mixture's
+             experts, stacks and no linear layers, stay frozen, and the output head, often the embedding, too.
     ValueError where a name fits no layer, or the model has adapters already.
     """
     if adapters(model):
         raise ValueError("the model has adapters already; merge them first")
     if not (rank >= 1 and math.isfinite(alpha) and 0 <= dropout <= 1):
         raise ValueError(f"rank {rank} must be at least 1, alpha {alpha} finite, dropout {dropout} 0 to 1")
-    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    known = sorted({name.split('.')[-1] for name in linear if '.' in name})
-    wanted = [name for name in ALL if name in known] if targets == 'all' else targets.split(',')
+    linear = {path: layer for path, layer in model.named_modules()
+              if isinstance(layer, nn.Linear) and '.' in path}
+    wanted = ALL if targets == 'all' else targets.split(',')
     for name in wanted:
-        if name not in known:
+        if targets != 'all' and not any(f'.{path}'.endswith(f'.{name}') for path in linear):
+            known = sorted({path.split('.')[-1] for path in linear})
             raise ValueError(f"targets: no linear layer is called {name!r}; there are {', '.join(known)}")
     model.requires_grad_(False)
-    for name, layer in linear.items():
-        parent, _, last = name.rpartition('.')
-        if last in wanted:
+    for path, layer in linear.items():
+        if f'.{path}'.endswith(tuple(f'.{name}' for name in wanted)):
+            parent, _, last = path.rpartition('.')
             setattr(model.get_submodule(parent), last,
                     LoRALinear(layer, rank, alpha, dropout).train(layer.training))
     return model
@@ -159,65 +163,79 @@ def load_adapter_state(model, state):
             old.copy_(new)
 
 
-# ---- PEFT's layout ----
+# ---- adapters of PEFT and MiniMind ----
 
 PEFT_PREFIX = 'base_model.model.'       # before a layer's name in adapter_model.safetensors
-
-
-def safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        fail("PEFT's layout needs a package: pip install safetensors")
-    return safetensors.torch
+# adapter_config.json: what a key may be; keys that may be anything, as they are read, or said by the weights,
+# or change nothing in a trained adapter. All others must be unset.
+PEFT_VALUES = dict(peft_type=('LORA',), task_type=('CAUSAL_LM', None), bias=('none',),
+                   init_lora_weights=(True, False, None, 'gaussian', 'orthogonal', 'eva', 'mica'))
+PEFT_ANY = ('r lora_alpha lora_dropout use_rslora base_model_name_or_path revision peft_version auto_mapping '
+            'inference_mode target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out '
+            'eva_config megatron_core qalora_group_size ensure_weight_tying').split()
 
 
 def write_peft(model, folder, base, model_type):
     """Write a model's adapters as adapter_config.json and adapter_model.safetensors, for `peft` to load over
     the base in Hugging Face's layout."""
-    layers = adapters(model)
-    layer = next(iter(layers.values()))
-    rank = layer.lora_A.size(0)
+    from safetensors.torch import save_file
+    layer, *_ = adapters(model).values()
+    rank = len(layer.lora_A)
     config = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, r=rank,
                   lora_alpha=layer.scale * rank, lora_dropout=layer.dropout.p, bias='none',
-                  target_modules=sorted({name.split('.')[-1] for name in layers}),
+                  target_modules=[*adapters(model)],
                   fan_in_fan_out=model_type == 'gpt2')      # its matrices are transposed there
     make_folder(folder)
     with open(os.path.join(folder, 'adapter_config.json'), 'w', encoding='utf-8') as f:
         json.dump(config, f, indent=2)
     state = {f'{PEFT_PREFIX}{name}.weight': t.contiguous() for name, t in adapter_state(model).items()}
-    safetensors().save_file(state, os.path.join(folder, 'adapter_model.safetensors'))
+    save_file(state, os.path.join(folder, 'adapter_model.safetensors'))
 
 
-def read_peft(model, folder):
-    """Inject the adapters of a folder in PEFT's layout into a model. Returns the arguments of `inject`."""
+def read_peft(model, source):
+    """Inject adapters into a model: those of a folder in PEFT's layout, or of a .pth of MiniMind's. Returns
+    the arguments of `inject`."""
     try:
-        config = read_json(os.path.join(folder, 'adapter_config.json'))
-        state = safetensors().load_file(os.path.join(folder, 'adapter_model.safetensors'))
-    except OSError as e:
-        fail(f"{folder} holds no adapters in PEFT's layout ({e.filename or e}: {e.strerror})")
-    except Exception as e:                      # of json, or SafetensorError, which is no ValueError
-        fail(f"{folder}: its adapters are damaged ({type(e).__name__}: {str(e)[:80]})")
-    for key in ('use_dora', 'use_rslora', 'rank_pattern', 'alpha_pattern', 'modules_to_save'):
-        if config.get(key):
-            fail(f"{folder}/adapter_config.json: {key} is set, and is not supported here; plain LoRA is")
-    state = {name.removeprefix(PEFT_PREFIX).removesuffix('.weight'): t for name, t in state.items()}
-    numbers = {key: config.get(key) for key in ('r', 'lora_alpha', 'lora_dropout')}
-    if type(config.get('r')) is not int or any(
-            type(number) not in (int, float) or not abs(number) < 1e12 for number in numbers.values()):
-        fail(f"{folder}/adapter_config.json: {numbers} should be three numbers, the first a whole one")
-    targets = ','.join(sorted({name.split('.')[-2] for name in state if name.count('.') > 1}))
-    how = dict(rank=config['r'], alpha=float(config['lora_alpha']), dropout=float(config['lora_dropout']),
-               targets=targets)
-    put_on(model, how, state, folder)
+        if os.path.isfile(source):
+            state = read_weights(source)
+            ranks = [len(A) for name, A in state.items() if name.endswith('.lora.A.weight') and A.dim()]
+            if not ranks:
+                raise ValueError("no name in it ends in .lora.A.weight; of PEFT's layout, name the folder")
+            how = dict(rank=ranks[0], alpha=float(ranks[0]), dropout=0.0)           # MiniMind has no alpha
+        else:
+            how = settings_of_peft(read_json(os.path.join(source, 'adapter_config.json')))
+            names = [name for name in os.listdir(source) if name.startswith('adapter_model.')]
+            if not names:
+                raise ValueError("it has no adapter_model.safetensors")
+            state = read_weights(os.path.join(source, max(names)))          # older ones end in .bin
+    except (OSError, ImportError, ValueError) as e:
+        fail(f"{source} holds no adapters that can be read: {e}")
+    prefixes = rf'({re.escape(PEFT_PREFIX)}|module\.|_orig_mod\.)*'
+    state = {re.sub(prefixes, '', name, count=1).removesuffix('.weight').replace('.lora.', '.lora_'): value
+             for name, value in state.items()}
+    how['targets'] = ','.join(dict.fromkeys(name.rpartition('.')[0] for name in state))
+    put_on(model, how, state, source)
     return how
+
+
+def settings_of_peft(config):
+    """rank, alpha and dropout of an adapter_config.json; ValueError where it asks for more than LoRA."""
+    for key, value in {'peft_type': None, **config}.items():
+        if value not in PEFT_VALUES[key] if key in PEFT_VALUES else value and key not in PEFT_ANY:
+            raise ValueError(f"adapter_config.json has {key}={value!r:.80}, and plain LoRA is read only")
+    r, alpha, dropout = numbers = [config.get(key) for key in ('r', 'lora_alpha', 'lora_dropout')]
+    if not all(type(n) in (int, float) and abs(n) < 1e12 for n in numbers) or type(r) is not int or r < 1:
+        raise ValueError(f"adapter_config.json: r, lora_alpha and lora_dropout are {numbers}; they should be "
+                         f"three numbers, the first a whole one")
+    alpha *= r ** 0.5 if config.get('use_rslora') else 1        # alpha / sqrt(r) there (Kalajdzievski 2023)
+    return dict(rank=r, alpha=float(alpha), dropout=float(dropout))
 
 
 def put_on(model, how, state, folder):
     """Inject adapters and fill them; one line on the folder they come from if they do not fit."""
     try:
         check_weights(state, 'the file')
-        if {value.shape[:1] for name, value in state.items() if name.endswith('lora_A')} != {(how['rank'],)}:
+        if (how['rank'],) not in {value.shape[:1] for value in state.values()}:     # before memory is taken
             raise ValueError(f"their rank is not {how['rank']}")
         inject(model, **{key: how[key] for key in ('rank', 'alpha', 'dropout', 'targets')})
         load_adapter_state(model, state)
@@ -285,27 +303,45 @@ def merge_run(run, out_dir, folder):
 
 
 def export_peft(out_dir, folder):
-    """Write the adapters of out_dir into a folder in PEFT's layout."""
-    refuse_model(folder, 'to_peft')
-    model, base = load_adapted(out_dir, load_checkpoint(out_dir))
+    """Write the adapters of out_dir into a folder in PEFT's layout, with their base in folder/base unless
+    transformers can load it where it is."""
+    beside = os.path.join(folder, 'base')
+    for taken in (folder, beside):
+        refuse_model(taken, 'to_peft')
+    if not importlib.util.find_spec('safetensors'):
+        fail("--to_peft needs a package: pip install safetensors")
+    checkpoint, tokenizer = load_checkpoint(out_dir), load_tokenizer(out_dir)
+    model, base = load_adapted(out_dir, checkpoint)
+    path = os.path.join(base, 'config.json')
+    if base in OFFICIAL:
+        base = f'openai-community/{base}'
+    else:
+        if (not os.path.isfile(path) or os.path.isfile(os.path.join(base, 'ckpt.pt'))
+                or read_json(path)['model_type'] == 'minimind'):
+            export(load_base(out_dir, checkpoint)[0], tokenizer, base := beside)
+        base = os.path.abspath(base)            # a relative path would start at the reader's current folder
     write_peft(model, folder, base, model.config.model_type)
-    print(f"wrote the adapters of {out_dir} to {folder}; their base is {base}")
+    tokenizer.save(folder)                      # peft looks for one here, then on the internet
+    print(f"wrote {folder}, which AutoPeftModelForCausalLM.from_pretrained of peft loads over {base}; when "
+          f"you move that, change base_model_name_or_path in adapter_config.json")
 
 
-def import_peft(run, config, folder):
-    """Put the adapters of a folder in PEFT's layout on init_from, as a run in out_dir."""
+def import_peft(run, config, source):
+    """Put the adapters of PEFT's or MiniMind's on init_from, as a run in out_dir that can be resumed."""
     refuse_model(config['out_dir'], 'out_dir')
     model, tokenizer, about = load_plain(run, config)
-    how = read_peft(model, folder)
+    how = read_peft(model, source)
     make_folder(config['out_dir'])
     save_checkpoint(run, config['out_dir'], tokenizer, model.config, adapters=adapter_state(model), **about,
-                    lora=how, step=0, settings={**config, **how, 'from_peft': ''})
-    print(f"took the adapters of {folder} on top of {config['init_from']} to {config['out_dir']}")
+                    lora=how, step=0, position=0, counted=0, lowest=math.inf, scaler={},
+                    optimizers=[dict(state={})], settings={**config, **how, 'from_peft': ''})
+    print(f"took the adapters of {source} on top of {config['init_from']} to {config['out_dir']}")
 
 
 if __name__ == '__main__':
-    config = configure(globals(), {'!from_peft': 'rank alpha targets dropout'},
-                       rank=at_least(1), alpha=above(0))
+    config = configure(globals(), {
+        '!merge_to': 'rank alpha targets dropout', '!to_peft': 'rank alpha targets dropout',
+        '!from_peft': 'rank alpha targets dropout merge_to to_peft'}, rank=at_least(1), alpha=above(0))
     run = start_run(device, dtype, seed)
     if to_peft:
         export_peft(out_dir, to_peft)

@@ -250,6 +250,10 @@ def test_one_tensor_in_two_files_is_one_line(tmp_path):
 @pytest.mark.parametrize('config, change, words', [
     (dict(lora_alpha='nan'), {}, 'should be three numbers'), (dict(r=2.0), {}, 'should be three numbers'),
     (dict(lora_alpha=torch.nan), {}, "should be three numbers"), (dict(r=None), {}, "be three numbers"),
+    *((dict([(key, [[0, 1]])]), {}, f'{key}=[[0, 1]], and plain LoRA is read only') for key in (
+        'layer_replication', 'use_qalora', 'kasa_config', 'arrow_config', 'use_bdlora', 'a_key_of_tomorrow')),
+    (dict(init_lora_weights='corda'), {}, "='corda'"), (dict(init_lora_weights='loftq'), {}, "='loftq'"),
+    (dict(peft_type=None), {}, 'peft_type=None'), (dict(r=0), {}, 'the first a whole one'),
     (dict(r=3), {}, 'their rank is not 3'), (dict(lora_dropout=2), {}, 'dropout 2.0'),
     ({}, dict(scale=torch.nan), 'holds NaN'), ({}, dict(kind=torch.int32), 'no weights')])
 def test_an_adapter_of_wrong_types_is_one_line(tmp_path, refused, config, change, words):
