@@ -40,6 +40,7 @@ class MiniMindConfig:
     num_key_value_heads: int = 2           # as many as query heads: multi-head; 1: multi-query; else grouped
     head_dim: int = 0                      # D; 0 is hidden_size / num_attention_heads
     max_position_embeddings: int = 32768   # the context: how many positions RoPE is prepared for
+    trained_length: int = 0                # tokens of the longest rows it was trained on; 0 is unknown
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-5
     qk_norm: bool = False                  # RMSNorm on each head's query and key (MiniMind-3, Qwen3)
@@ -453,10 +454,10 @@ class MiniMind(nn.Module):
         """Read `factor` times longer texts than the model was trained on, by YaRN."""
         if self.config.rope_scaling:
             raise ValueError(f"the context is extended already: {self.config.rope_scaling}")
-        scaling = dict(rope_type='yarn', factor=float(factor),
-                       original_max_position_embeddings=self.config.context)
+        trained = self.config.trained_length or self.config.context
+        scaling = dict(rope_type='yarn', factor=float(factor), original_max_position_embeddings=trained)
         self.config = replace(self.config, rope_scaling=scaling,
-                              max_position_embeddings=int(self.config.context * factor))
+                              max_position_embeddings=max(self.config.context, int(trained * factor)))
         self.rope = rope_table(self.config).to(self.rope)
 
     def make_cache(self, batch_size, max_tokens):
