@@ -9,6 +9,7 @@ the command line say:
 
     python pretrain.py config/small.py --batch_size=8 --prompt="def is_"
 
+Settings may have the names that nanoGPT and MiniMind give them, and be written `--batch_size 8` too.
 A path in a script or a config file that begins with out/ or data/ starts at the repository, any other at the
 current folder. A mistake of the user ends in one line on stderr and exit code 2, through `fail`.
 """

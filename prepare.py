@@ -6,7 +6,7 @@ Prepare data: records of any format -> token ids and mask -> arrays; and read th
     python prepare.py --input=novel.txt            # your own text -> data/novel
     python prepare.py --input=corpus.jsonl --tokenizer=gpt2 --on_error=skip     # {"text": ...} on each line
     python prepare.py --input=chats.jsonl --debug_mask      # conversations: look at the first one, then stop
-    python prepare.py --input=nanoGPT/data/openwebtext --dataset=openwebtext --tokenizer=gpt2     # its train.bin
+    python prepare.py --input=nanoGPT/data/openwebtext --tokenizer=gpt2         # its train.bin and val.bin
     python prepare.py --input=mail.csv                      # label and text -> train, val and test by label
     python prepare.py --dataset=pydoc_dpo --print_text | head           # look at the text before it is tokens
 
@@ -452,22 +452,22 @@ def read_bins(bins, tokenizer, source, size=1 << 20):
         for at in range(0, len(ids), size):
             part = ids[at:at + size]
             documents = np.split(part, np.flatnonzero(part == tokenizer.eot) + 1)
-            for document in (document.tolist() for document in documents if len(document)):
-                ends = document[-1] == tokenizer.eot
-                text = Encoded(tokenizer.decode(document[:-1] if ends else document))
-                text.ids = document
-                yield Piece(split, text, ends_document=ends)
+            documents = [document.tolist() for document in documents if len(document)]
+            texts = tokenizer.backend.decode_batch(documents)           # which skips <|endoftext|>
+            for ids_of_text, text in zip(documents, map(Encoded, texts)):
+                text.ids = ids_of_text
+                yield Piece(split, text, ends_document=ids_of_text[-1] == tokenizer.eot)
             progress.show(at / len(ids))
 
 
 def char_tokenizer(file):
-    """nanoGPT's tokenizer of a text: each character of it, sorted, has an id. <|endoftext|> and <|unk|> follow."""
+    """nanoGPT's tokenizer of a text, the ids its characters, sorted; <|endoftext|> and <|unk|> follow."""
     return Tokenizer(train_lookup(text_parts(file), 1 << 21, 'char'))
 
 
 def tokenizer_of_bins(bins, source, tokenizer):
-    """The tokenizer that made nanoGPT's ids, by its name; or, where meta.pkl says that they are characters, of
-    the input.txt beside it. A pickle may run any code, so it is not opened."""
+    """The tokenizer that made nanoGPT's ids, by its name; or, where a meta.pkl says that they are characters,
+    of the input.txt beside it. A pickle may run any code, so it is not opened."""
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     text = os.path.join(folder, 'input.txt')
     if tokenizer != OWN_TOKENIZER or not os.path.isfile(os.path.join(folder, 'meta.pkl')):
@@ -659,7 +659,8 @@ def read_meta(name, task=''):
     path = os.path.join(data_folder(name), 'meta.json')
     if not os.path.isfile(path):
         fail(f"no prepared data in {data_folder(name)}: make it with `python prepare.py --input=FILE "
-             f"--dataset={name}`, of nanoGPT's data with --input=FOLDER_OF_TRAIN.BIN --tokenizer=gpt2, or use the built-in --dataset="
+             f"--dataset={name}` (of nanoGPT's: --input=FOLDER_OF_TRAIN.BIN --tokenizer=gpt2), or use the "
+             f"built-in --dataset="
              + ' or '.join(k for k, (t, _, _) in BUILT_IN.items() if t == task or not task))
     try:
         meta = read_json(path)
@@ -773,7 +774,7 @@ if __name__ == '__main__':
         sys.stdout = sys.stderr                     # for anything else that is printed
     folder = data_folder(dataset or os.path.splitext(os.path.basename(input.rstrip('/')))[0] or 'pydoc')
     name, source, found = os.path.basename(folder), input, Counter()
-    bins = {} if print_text else bins_of(input)
+    bins = bins_of(input) if input and not print_text else {}
     if input:
         bins or files_of(input)
     elif name not in BUILT_IN:

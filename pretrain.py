@@ -10,6 +10,7 @@ N counts the targets of the whole step, over its micro-batches and ranks: how th
     python pretrain.py --batch_size=8 --max_iters=20
     python pretrain.py --init_from=resume               # after Ctrl-C, a crash, or to go on
     torchrun --nproc_per_node=4 pretrain.py --dataset=mytext --gradient_accumulation_steps=16
+    python pretrain.py train_gpt2.py                    # a config file of nanoGPT, see config/nanogpt.py
 
 What to expect: the loss starts near ln(vocabulary), falls fast while the frequencies of words are learned,
 then ever slower. Bits per byte compare models of different tokenizers. A held-out loss that rises while the

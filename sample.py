@@ -154,9 +154,6 @@ def generate(model, tokens, max_new_tokens, stop=(), generator=None, padding=Non
     seen = torch.where(torch.arange(T, device=tokens.device) < padding[:, None], tokens[:, -1:], tokens)
     cache = None
     for _ in range(max_new_tokens):
-        if seen.size(1) > known_length(model.config):
-            warn(f"(from here on the text is longer than the {known_length(model.config):,} tokens that the "
-                 f"model was trained to read)")
         if seen.size(1) > context:
             if on_full == 'stop':
                 return
@@ -200,9 +197,11 @@ class Stream:
     beginning of a stop text is held back until it is certain.
     """
 
-    def __init__(self, tokenizer, prompt, stop=()):
-        """prompt: the ids before the first new token. stop: the texts at which this one ends."""
-        self.tokenizer, self.prompt, self.stop = tokenizer, list(prompt), [s for s in stop if s]
+    def __init__(self, tokenizer, prompt, stop=(), known=float('inf')):
+        """prompt: the ids before the first new token. stop: the texts at which this one ends. known: tokens
+        from which on the text is longer than the model has learned to read."""
+        self.tokenizer, self.prompt, self.known = tokenizer, list(prompt), known
+        self.stop = [s for s in stop if s]
         self.new, self.text, self.shown, self.ended = [], '', 0, False
 
     def add(self, token):
@@ -212,6 +211,8 @@ class Stream:
         if token in stop_ids(self.tokenizer):
             return self.finish()
         self.new.append(token)
+        if len(self.prompt) + len(self.new) > self.known:
+            warn(f"(from here on the text is longer than the {self.known:,} tokens the model is trained on)")
         before = len(self.tokenizer.decode(self.prompt))
         self.text = self.tokenizer.decode(self.prompt + self.new)[before:]
         found = [self.text.find(s) for s in self.stop if s in self.text]
@@ -425,7 +426,7 @@ def converse(model, tokenizer, system, max_new_tokens, generator=None, **how):
             continue
         if len(messages) < before:
             print(f"(the context is full: {before - len(messages)} turns are forgotten)", file=sys.stderr)
-        stream = Stream(tokenizer, ids)
+        stream = Stream(tokenizer, ids, known=known_length(model.config))
         for new in generate(model, torch.tensor([ids], device=device), max_new_tokens, stop_ids(tokenizer),
                             generator, vocab_size=tokenizer.vocab_size, **how):
             print(stream.add(new.item()), end='', flush=True)
@@ -514,7 +515,8 @@ if __name__ == '__main__':
     watch = (lambda *step: print_candidates(tokenizer, *step, **how)) if show_probs else None
     live = len(prompts) == 1 and not show_probs         # one text can be shown while it grows
     for i in range(num_samples):
-        began, streams = time.time(), [Stream(tokenizer, ids[1:], stop.split('|')) for ids in prompts]
+        began = time.time()
+        streams = [Stream(tokenizer, ids[1:], stop.split('|'), known_length(model.config)) for ids in prompts]
         if live:
             print('-' * 40 + '\n' if i else '', texts[0], sep='', end='', flush=True)
         steps = 0

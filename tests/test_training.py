@@ -121,11 +121,11 @@ class Words:
         pass
 
 
-def make_training(run, config):
+def make_training(run, config, checkpoint=None):
     torch.manual_seed(0)
     sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = MiniMind(MiniMindConfig(**sizes))
-    return Training(run, config, model.to(run.device), Words(), 10, 'ten rows')
+    return Training(run, config, model.to(run.device), Words(), 10, 'ten rows', checkpoint)
 
 
 def test_in_float16_all_optimizers_skip_a_step_together(tmp_path):
