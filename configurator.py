@@ -113,9 +113,9 @@ ELSEWHERE = dict(
     save_weight="a run is a folder: --out_dir=out/NAME", lora_name="a run is a folder: --out_dir=out/NAME",
     **dict.fromkeys(('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'use_moe', 'context', 'teacher_hidden_size',
                      'teacher_num_layers', 'teacher_use_moe', 'student_use_moe'), "the model brings its own"))
-# The rates for weights of others, large models that learned for long, where ours would undo what they know:
-# AdamW, at 5e-5 unless the stage has its own here.
-GIVEN_WEIGHTS = {'lora.py': 2e-4, 'dpo.py': 5e-6}
+# Weights of others, and runs that learned as slowly, would lose what they know at the rates of a stage, which
+# are meant for the small models that start here: they get AdamW, at 5e-5 or what the stage has in this table.
+GENTLE = {'lora.py': 2e-4, 'dpo.py': 5e-6}
 
 # What a resumed run may change. With all other settings its state was made.
 RESUME_MAY_CHANGE = {
@@ -178,7 +178,7 @@ def configure(settings, only=None, **rules):
     else:
         check_apply(settings, places, only or {})
         if trains and not base:
-            settings.update(rates_for_given_weights(settings, keys, given))
+            settings.update(gentle_rates(settings, keys, given))
     if settings.get('decay_lr') and settings['min_lr'] > settings['learning_rate']:
         fail(f"min_lr={settings['min_lr']} is above learning_rate={settings['learning_rate']}: the rate "
              f"would climb; give a lower one, or --min_lr=-1 for a tenth of the rate")
@@ -227,16 +227,18 @@ def nanogpt_defaults(path, found, keys):
     return read_config_file(os.path.join(HERE, 'config', 'nanogpt.py'))
 
 
-def rates_for_given_weights(settings, keys, given):
-    """{name: value}: optimizer and learning_rate, where not given, for a start from weights of others."""
-    start = settings.get('init_from')
-    ours = start in ('scratch', 'resume') or os.sep in start and not os.path.exists(start) or any(
-        os.path.isfile(os.path.join(start, name)) for name in CHECKPOINTS)
-    rate = GIVEN_WEIGHTS.get(os.path.basename(settings['__file__']), 5e-5)
-    taken = {key: value for key, value in dict(optimizer='adamw', learning_rate=rate).items()
-             if key in keys and key not in given and not ours}
+def gentle_rates(settings, keys, given):
+    """{name: value}: optimizer and learning_rate, where not given, for a start that GENTLE is meant for."""
+    start, why = settings['init_from'], ''
+    if any(os.path.isfile(os.path.join(start, name)) for name in CHECKPOINTS):
+        rate = load_checkpoint(start)['settings'].get('learning_rate')
+        why = f"learned at {rate}" if type(rate) is float and rate <= max(GENTLE.values()) else ''
+    elif start != 'scratch' and (os.path.exists(start) or os.sep not in start):
+        why = "is no run of ours"
+    gentle = dict(optimizer='adamw', learning_rate=GENTLE.get(os.path.basename(settings['__file__']), 5e-5))
+    taken = {key: value for key, value in gentle.items() if why and key in keys and key not in given}
     if taken:
-        tell(f"{start} is no run of ours: " + ', '.join(f"{key}={value}" for key, value in taken.items()))
+        tell(f"{start} {why}: " + ', '.join(f"{key}={value}" for key, value in taken.items()))
     return taken
 
 

@@ -436,7 +436,7 @@ def bins_of(source):
             f"{path} is missing: nanoGPT's train.bin and val.bin stand side by side")
         if size % 2 or not size:
             fail(f"{path} holds {size:,} bytes, not a whole number of token ids of two bytes each")
-        bins[split] = np.memmap(path, np.uint16, 'r')
+        bins[split] = np.memmap(path, '<u2', 'r')
     return bins
 
 
@@ -444,13 +444,12 @@ def read_bins(bins, tokenizer, source, size=1 << 20):
     """Yield the ids of bins_of as Pieces; <|endoftext|> ends a document. One line over an id that the
     tokenizer has not."""
     for split, ids in bins.items():
-        if (most := largest(ids)) >= tokenizer.vocab_size:
-            fail(f"{source}: {split}.bin holds the id {most}, and the tokenizer {tokenizer.vocab_size} ids: "
-                 f"name the one it was made with, as in --tokenizer=gpt2")
-    for split, ids in bins.items():
         progress = Progress(f'reading {split}.bin')
         for at in range(0, len(ids), size):
             part = ids[at:at + size]
+            if (most := part.max()) >= tokenizer.vocab_size:
+                fail(f"{source}: {split}.bin holds the id {most}, and the tokenizer {tokenizer.vocab_size} "
+                     f"ids: name the one it was made with, as in --tokenizer=gpt2")
             documents = np.split(part, np.flatnonzero(part == tokenizer.eot) + 1)
             documents = [document.tolist() for document in documents if len(document)]
             texts = tokenizer.backend.decode_batch(documents)           # which skips <|endoftext|>

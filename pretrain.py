@@ -138,9 +138,8 @@ class Training:
         elif self.first >= self.last:
             fail(f"{config['out_dir']} is at step {self.first}, and ends at {self.last}: raise "
                  f"--{'epochs' if config['epochs'] else 'max_iters'} to go on")
-        self.flops = flops_per_token(model, config['block_size'])
-        trained = model.config.trained_length or model.config.context
-        model.config.trained_length = max(trained, config['block_size'])
+        length = model.config.trained_length or model.config.context
+        model.config.trained_length = max(length, config['block_size'])
         if run.world_size > 1:
             for tensor in model.state_dict().values():      # every rank drew its own: take those of rank 0
                 dist.broadcast(tensor, 0)
@@ -153,8 +152,10 @@ class Training:
         if run.rank == 0 and not config['eval_only']:
             make_folder(config['out_dir'])
             self.log = MetricsLog(config['out_dir'], self.first, config['wandb_log'], config)
-        size, part = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in self.params)
-        part = f", {part:,} of them trained ({part / size:.2%})" if part < size else ""
+        size, trained = (sum(p.numel() for p in some) for some in (model.parameters(), self.params))
+        part = f", {trained:,} of them trained ({trained / size:.2%})" if trained < size else ""
+        # weights that stay have no gradient: of adapters it would be another sum
+        self.flops = flops_per_token(model, config['block_size']) if trained > size / 2 else 0
         steps = f"{self.last * self.rows / rows:.1f} epochs in {self.last:,} steps"
         steps += f" (epochs={config['epochs']}, so max_iters does not count)" if config['epochs'] else ""
         self.say(f"{size:,} parameters{part}; {what}: {'eval_only' if config['eval_only'] else steps} on "
@@ -331,7 +332,7 @@ def learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters):
     return min_lr + 0.5 * (learning_rate - min_lr) * (1 + math.cos(math.pi * progress))
 
 
-# What GPUs multiply at most in bfloat16 or float16, in flop per second, by the ends of their names.
+# What GPUs multiply at most in bfloat16 or float16, in flop per second, by patterns of their names.
 PEAKS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'H800': 989e12, 'A100': 312e12, 'A800': 312e12,
          'L40S': 362e12, 'RTX 4090$': 165e12, 'RTX 3090$': 71e12}
 

@@ -102,6 +102,21 @@ def test_weights_of_others_get_rates_of_their_own(script, run_folder, tmp_path, 
     assert 'learning_rate' not in out
 
 
+def test_what_learned_slowly_goes_on_slowly(script, data, run_folder):
+    script('sample.py', f'--out_dir={run_folder}', '--export_dir=hf')
+    script('pretrain.py', *TINY[4:], data, '--init_from=hf', '--max_iters=1')
+    script('pretrain.py', '--init_from=resume', '--out_dir=run', '--max_iters=2')
+    out = script('sft.py', '--init_from=run', '--dataset=nowhere', code=2).stdout
+    assert 'run learned at 5e-05: optimizer=adamw, learning_rate=5e-05' in out
+
+
+@pytest.mark.parametrize('stage', ['sft', 'lora'])
+def test_eval_only_in_a_later_stage(script, chats, run_folder, tmp_path, stage):
+    out = script(f'{stage}.py', f'--init_from={run_folder}', chats, '--eval_only', '--out_dir=later',
+                 '--batch_size=1').stdout
+    assert out.count('held-out loss') == 1 and not (tmp_path / 'later').exists()
+
+
 # ---- only looking ----
 
 def test_eval_only_measures_and_writes_nothing(script, data, tmp_path):
