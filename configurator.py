@@ -207,13 +207,10 @@ def in_our_words(key, value, where):
         return dict(init_from='resume') if value else {}
     elif name in ('init_from', 'teacher'):                      # it names weights by their stage
         value = dict(none='scratch', pretrain='out/pretrain', full_sft='out/sft').get(str(value), value)
-        value = anchored(value)
     elif key == 'data_path' and not os.path.isfile(os.path.join(str(value), 'meta.json')):
         fail(f"{where}: data is prepared first: `python prepare.py --input={value} --dataset=NAME`, then "
              f"--dataset=NAME")
-    elif key == 'save_dir':
-        value = anchored(value)
-    return {name: value}
+    return {name: anchored(value)}
 
 
 def nanogpt_defaults(path, found, keys):

@@ -450,14 +450,18 @@ class MiniMind(nn.Module):
         """(layers, E): the share of the counted visits each expert got in that loss; 1 / E is fair."""
         return torch.stack([block.mlp.load for block in self.model.layers])
 
-    def extend_context(self, factor):
-        """Read `factor` times longer texts than the model was trained on, by YaRN."""
-        if self.config.rope_scaling:
-            raise ValueError(f"the context is extended already: {self.config.rope_scaling}")
-        trained = self.config.trained_length or self.config.context
-        scaling = dict(rope_type='yarn', factor=float(factor), original_max_position_embeddings=trained)
-        self.config = replace(self.config, rope_scaling=scaling,
-                              max_position_embeddings=max(self.config.context, int(trained * factor)))
+    def extend_context(self, factor=1.0, length=1):
+        """Read texts of `length` tokens, for which RoPE needs a longer table but no parameters; with a
+        factor, texts so many times longer than the model was trained on, by YaRN."""
+        config = self.config
+        if factor > 1:
+            if config.rope_scaling:
+                raise ValueError(f"the context is extended already: {config.rope_scaling}")
+            trained = config.trained_length or config.context
+            length = max(length, int(trained * factor))
+            config = replace(config, rope_scaling=dict(rope_type='yarn', factor=float(factor),
+                                                       original_max_position_embeddings=trained))
+        self.config = replace(config, max_position_embeddings=max(config.context, length))
         self.rope = rope_table(self.config).to(self.rope)
 
     def make_cache(self, batch_size, max_tokens):

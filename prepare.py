@@ -747,11 +747,12 @@ def open_data(run, dataset, task, tokenizer=''):
     folder = data_folder(dataset)
     made_with = getattr(tokenizer, 'source', tokenizer) or OWN_TOKENIZER
     if os.path.basename(folder) in BUILT_IN and not os.path.exists(folder) and run.rank == 0:
-        if os.path.basename(folder) == 'shakespeare_char':      # it has a tokenizer of its own
-            made_with = OWN_TOKENIZER
-        elif made_with != 'gpt2' and not os.path.isfile(os.path.join(made_with, 'tokenizer.json')):
-            run_script('train_tokenizer.py', f'--out_dir={made_with}')
-        run_script('prepare.py', f'--dataset={dataset}', f'--tokenizer={made_with}')
+        arguments = [f'--dataset={dataset}']
+        if os.path.basename(folder) != 'shakespeare_char':              # which brings its tokenizer
+            arguments.append(f'--tokenizer={made_with}')
+            if made_with != 'gpt2' and not os.path.isfile(os.path.join(made_with, 'tokenizer.json')):
+                run_script('train_tokenizer.py', f'--out_dir={made_with}')
+        run_script('prepare.py', *arguments)
     run.barrier()
     meta = read_meta(dataset, task)
     if isinstance(tokenizer, str) and tokenizer:

@@ -280,14 +280,13 @@ def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0):
                 add_adapters(model, checkpoint)
             else:
                 model = model_of(checkpoint, source)
-        if yarn_factor > 1 and model.config.model_type != 'minimind':
+        if model.config.model_type == 'minimind':
+            if block_size > model.config.context:
+                tell(f"the context of {source} grows from {model.config.context} to block_size={block_size}")
+            model.extend_context(yarn_factor, block_size)
+        elif yarn_factor > 1:
             fail("--yarn_factor slows down RoPE, which GPT-2 does not have")
-        if yarn_factor > 1:
-            model.extend_context(yarn_factor)
         config = replace(model.config, dropout=dropout)
-        if block_size > config.context and config.model_type == 'minimind':
-            tell(f"the context of {source} grows from {config.context} to --block_size={block_size}")
-            config.max_position_embeddings = block_size
         model = build_model(type(model), config, model.state_dict(), source)        # the same weights
     except (OSError, ValueError, ImportError) as e:     # what from_pretrained and build_model raise
         fail(str(e) if str(source) in str(e) else f"{source}: {e}")
