@@ -173,12 +173,12 @@ def configure(settings, only=None, **rules):
     settings.update({key: check(settings, keys, rules, key, *place) for key, place in base.items()})
     for key in keys:
         settings[key] = given.get(key, anchored(settings[key]))
+    if trains and not base:
+        settings.update(gentle_rates(settings, keys, given))
     if settings.get('init_from') == 'resume' or is_restarted(settings, keys):
         resume_settings(settings, keys, rules, given, places)
     else:
         check_apply(settings, places, only or {})
-        if trains and not base:
-            settings.update(gentle_rates(settings, keys, given))
     if settings.get('decay_lr') and settings['min_lr'] > settings['learning_rate']:
         fail(f"min_lr={settings['min_lr']} is above learning_rate={settings['learning_rate']}: the rate "
              f"would climb; give a lower one, or --min_lr=-1 for a tenth of the rate")
@@ -230,7 +230,7 @@ def gentle_rates(settings, keys, given):
     if any(os.path.isfile(os.path.join(start, name)) for name in CHECKPOINTS):
         rate = load_checkpoint(start)['settings'].get('learning_rate')
         why = f"learned at {rate}" if type(rate) is float and rate <= max(GENTLE.values()) else ''
-    elif start != 'scratch' and (os.path.exists(start) or os.sep not in start):
+    elif start not in ('scratch', 'resume') and (os.path.exists(start) or os.sep not in start):
         why = "is no run of ours"
     gentle = dict(optimizer='adamw', learning_rate=GENTLE.get(os.path.basename(settings['__file__']), 5e-5))
     taken = {key: value for key, value in gentle.items() if why and key in keys and key not in given}

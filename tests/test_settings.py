@@ -110,6 +110,21 @@ def test_what_learned_slowly_goes_on_slowly(script, data, run_folder):
     assert 'run learned at 5e-05: optimizer=adamw, learning_rate=5e-05' in out
 
 
+def test_restarted_by_torchrun_it_keeps_its_rates(script, data, run_folder, monkeypatch):
+    script('sample.py', f'--out_dir={run_folder}', '--export_dir=hf')
+    whole = [*TINY[4:], data, '--init_from=hf', '--max_iters=4', '--eval_interval=2']
+    with pytest.raises(InterruptedError), monkeypatch.context() as patch:
+        patch.setattr(configurator.MetricsLog, 'write', lambda log, step, **_: die(step))
+        script('pretrain.py', *whole)
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    assert 'step      0 ' not in script('pretrain.py', *whole).stdout
+
+
+def die(step):
+    if step == 3:
+        raise InterruptedError
+
+
 @pytest.mark.parametrize('stage', ['sft', 'lora'])
 def test_eval_only_in_a_later_stage(script, chats, run_folder, tmp_path, stage):
     out = script(f'{stage}.py', f'--init_from={run_folder}', chats, '--eval_only', '--out_dir=later',
