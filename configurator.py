@@ -9,6 +9,7 @@ the command line say:
 
     python pretrain.py config/small.py --batch_size=8 --prompt="def is_"
 
+Settings may have the names that nanoGPT and MiniMind give them, and be written `--batch_size 8` too.
 A path in a script or a config file that begins with out/ or data/ starts at the repository, any other at the
 current folder. A mistake of the user ends in one line on stderr and exit code 2, through `fail`.
 """
@@ -83,15 +84,46 @@ RULES = dict(dtype=one_of('auto', 'float32', 'bfloat16', 'float16'), optimizer=o
 RULES.update(dict.fromkeys(('batch_size', 'gradient_accumulation_steps', 'block_size', 'max_iters', 'n_layer',
                             'eval_interval', 'eval_iters', 'log_interval', 'max_new_tokens', 'n_head',
                             'n_kv_head', 'n_embd'), at_least(1)))
-RULES.update(dict.fromkeys(('learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip',
-                            'report_size'), at_least(0)))
+RULES.update(dict.fromkeys(('learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip', 'report_size',
+                            'epochs', 'context', 'lr_decay_iters'), at_least(0)))
+RULES.update(dict.fromkeys(('beta1', 'beta2'), lambda beta: '' if 0 <= beta < 1 else "must lie in [0, 1)"),
+             yarn_factor=at_least(1))
+
+# Settings of the loop that each stage has and few runs need: (default, what it is). The names are nanoGPT's.
+LOOP = dict(
+    eval_only=(False, "measure the held-out loss where the run starts, write nothing, and stop"),
+    decay_lr=(True, "False: the rate stays at learning_rate, without warmup"),
+    lr_decay_iters=(0, "step at which the cosine has come down to min_lr; 0 is the last one"),
+    beta1=(0.9, "AdamW's: how slowly its mean gradient moves"),
+    beta2=(0.95, "AdamW's: how slowly its mean squared gradient moves"),
+    wandb_project=('from-scratch', "with wandb_log: the name of the project"),
+    wandb_run_name=('', "with wandb_log: the name of the run; '' is that of out_dir"))
+
+# What nanoGPT and MiniMind call a setting that we have.
+NAMES = dict(
+    hidden_size='n_embd', num_hidden_layers='n_layer', num_attention_heads='n_head',
+    num_key_value_heads='n_kv_head', max_position_embeddings='context', n_positions='context',
+    student_hidden_size='n_embd', student_num_layers='n_layer', max_seq_len='block_size',
+    accumulation_steps='gradient_accumulation_steps', use_compile='compile', use_wandb='wandb_log',
+    save_interval='eval_interval', save_dir='out_dir', from_weight='init_from',
+    from_student_weight='init_from', from_teacher_weight='teacher', data_path='dataset')
+# What they have and we have not, as nothing depends on it; and what is found elsewhere.
+IDLE = dict(backend="the device says which", num_workers="data is mapped into memory, and needs none")
+ELSEWHERE = dict(
+    save_weight="a run is a folder: --out_dir=out/NAME", lora_name="a run is a folder: --out_dir=out/NAME",
+    **dict.fromkeys(('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'use_moe', 'context', 'teacher_hidden_size',
+                     'teacher_num_layers', 'teacher_use_moe', 'student_use_moe'), "the model brings its own"))
+# Weights of others, and runs that learned as slowly, would lose what they know at the rates of a stage, which
+# are meant for the small models that start here: they get AdamW, at 5e-5 or what the stage has in this table.
+GENTLE = {'lora.py': 2e-4, 'dpo.py': 5e-6}
 
 # What a resumed run may change. With all other settings its state was made.
 RESUME_MAY_CHANGE = {
     'init_from', 'out_dir', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'report_size',
     'max_new_tokens', 'prompt', 'wandb_log', 'tokenizer', 'batch_size', 'gradient_accumulation_steps',
     'cache_reference', 'learning_rate', 'min_lr', 'warmup_iters', 'grad_clip', 'device', 'dtype', 'compile',
-    'always_save_checkpoint', 'debug_mask', 'classify', 'classify_file', 'merge_to', 'to_peft', 'from_peft'}
+    'always_save_checkpoint', 'debug_mask', 'classify', 'classify_file', 'merge_to', 'to_peft', 'from_peft',
+    'epochs', 'eval_only', 'decay_lr', 'lr_decay_iters', 'wandb_project', 'wandb_run_name'}
 
 
 def configure(settings, only=None, **rules):
@@ -107,39 +139,104 @@ def configure(settings, only=None, **rules):
         sys.stdout.reconfigure(errors='backslashreplace')
     keys = [k for k, v in settings.items()
             if k.islower() and k[0] != '_' and type(v) in (bool, int, float, str)]
+    trains = 'max_iters' in keys
+    if trains:
+        settings.update({key: default for key, (default, _) in LOOP.items()})
+        keys += LOOP
     sys.excepthook = functools.partial(last_words, keys)
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help(settings, keys)
         sys.exit(0)
-    rules, given, places = {**RULES, **rules}, {}, {}
+    rules, given, places, arguments, base = {**RULES, **rules}, {}, {}, sys.argv[1:], {}
 
     def give(key, value, where):
-        given[key], places[key] = in_full(key, check(settings, keys, rules, key, value, where)), where
+        if key not in keys and key in IDLE:
+            tell(f"{where}: {key} changes nothing here: {IDLE[key]}")
+            return
+        if key == 'from_weight' and given.get('init_from') == 'resume':
+            return                                      # MiniMind resumes, whatever the weights
+        for name, own in ({key: value} if key in keys else in_our_words(key, value, where)).items():
+            given[name], places[name] = in_full(name, check(settings, keys, rules, name, own, where)), where
 
-    for arg in sys.argv[1:]:
+    while arguments:
+        arg = arguments.pop(0)
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
-            give(key, parse(text, settings.get(key)) if equals else True, arg)
+            if not equals and arguments and not re.search(r'^(--|$)|\.py$', arguments[0]):
+                arg, equals, text = f'{arg}={arguments[0]}', '=', arguments.pop(0)      # --key value
+            give(key, parse(text, settings.get(NAMES.get(key, key))) if equals else True, arg)
         else:
-            for key, (value, where) in read_config_file(arg).items():
+            found = read_config_file(arg)
+            base = base or nanogpt_defaults(arg, found, keys)
+            for key, (value, where) in found.items():
                 give(key, anchored(value), where)
+    settings.update({key: check(settings, keys, rules, key, *place) for key, place in base.items()})
     for key in keys:
         settings[key] = given.get(key, anchored(settings[key]))
+    if trains and not base:
+        settings.update(gentle_rates(settings, keys, given))
     if settings.get('init_from') == 'resume' or is_restarted(settings, keys):
         resume_settings(settings, keys, rules, given, places)
     else:
         check_apply(settings, places, only or {})
-    if settings.get('min_lr', 0) > settings.get('learning_rate', math.inf):
+    if settings.get('decay_lr') and settings['min_lr'] > settings['learning_rate']:
         fail(f"min_lr={settings['min_lr']} is above learning_rate={settings['learning_rate']}: the rate "
              f"would climb; give a lower one, or --min_lr=-1 for a tenth of the rate")
-    if 'max_iters' in keys:                             # it trains: what can be refused, is before any work
+    if trains:                                          # what can be refused, is before any work
         check_folder(settings['out_dir'])
-    if settings.get('wandb_log') and not importlib.util.find_spec('wandb'):
-        fail("wandb_log=True needs a package: pip install wandb")
+    if settings.get('wandb_log') and not any(map(importlib.util.find_spec, TRACKERS)):
+        fail("wandb_log=True needs a package: pip install wandb, or swanlab")
     rows = settings.get('batch_size', 1) * settings.get('gradient_accumulation_steps', 1)
     if 'batch_size' in keys and rows < (ranks := int(os.environ.get('WORLD_SIZE', 1))):
         fail(f"batch_size x gradient_accumulation_steps = {rows} rows, but {ranks} ranks want one each")
     return {key: settings[key] for key in keys}
+
+
+def tell(line):
+    """Say what was read or taken, once for all ranks."""
+    if os.environ.get('RANK', '0') == '0':
+        print(line, flush=True)
+
+
+def in_our_words(key, value, where):
+    """{our name: value} of a setting in the words of nanoGPT or MiniMind; itself, if it is neither's."""
+    name = NAMES.get(key, key)
+    if key == 'accumulation_steps' and type(value) is int:      # MiniMind counts those of one rank
+        value *= int(os.environ.get('WORLD_SIZE', 1))
+    elif key == 'from_resume':
+        return dict(init_from='resume') if value else {}
+    elif name in ('init_from', 'teacher'):                      # it names weights by their stage
+        value = dict(none='scratch', pretrain='out/pretrain', full_sft='out/sft').get(str(value), value)
+    elif key == 'data_path' and not os.path.isfile(os.path.join(str(value), 'meta.json')):
+        fail(f"{where}: data is prepared first: `python prepare.py --input={value} --dataset=NAME`, then "
+             f"--dataset=NAME")
+    return {name: anchored(value)}
+
+
+def nanogpt_defaults(path, found, keys):
+    """{name: (value, place)} that a config file of nanoGPT leaves open; {} if it is none, or the stage lacks
+    nanoGPT's settings. It is one if it sets what only nanoGPT has, and no model or optimizer."""
+    marks = [key for key in found if key in {*LOOP, 'bias', 'backend'}]
+    if not marks or {'model', 'optimizer'} & found.keys() or 'bias' not in keys:
+        return {}
+    tell(f"{path} is nanoGPT's, as it sets {marks[0]} and no model: what it leaves open is as in "
+         f"config/nanogpt.py")
+    return read_config_file(os.path.join(HERE, 'config', 'nanogpt.py'))
+
+
+def gentle_rates(settings, keys, given):
+    """{name: value}: optimizer and learning_rate, where not given, for a start that GENTLE is meant for."""
+    start, why = settings['init_from'], ''
+    if any(os.path.isfile(os.path.join(start, name)) for name in CHECKPOINTS):
+        rate = load_checkpoint(start)['settings'].get('learning_rate')
+        why = f"learned at {rate}" if type(rate) is float and rate <= max(GENTLE.values()) else ''
+    elif start not in ('scratch', 'resume') and (os.path.exists(start) or os.sep not in start):
+        why = "is no run of ours"
+    gentle = dict(optimizer='adamw', learning_rate=GENTLE.get(os.path.basename(settings['__file__']), 5e-5))
+    taken = {key: value for key, value in gentle.items() if why and key in keys and key not in given}
+    if taken:
+        tell(f"{start} {why}: " + ', '.join(f"{key}={value}" for key, value in taken.items()))
+    return taken
 
 
 def check_apply(settings, places, only):
@@ -165,7 +262,7 @@ def is_restarted(settings, keys):
         return False
     checkpoint = load_checkpoint(settings['out_dir'])
     same = all(checkpoint['settings'].get(key) == settings[key] for key in keys if key != 'init_from')
-    return same and checkpoint['step'] < settings.get('max_iters', 0)
+    return same and (settings.get('epochs', 0) > 0 or checkpoint['step'] < settings.get('max_iters', 0))
 
 
 def resume_settings(settings, keys, rules, given, places):
@@ -182,9 +279,8 @@ def resume_settings(settings, keys, rules, given, places):
             fail(f"{places[key]}: {out_dir} has {key}={saved[key]}, and a resumed run keeps that")
     fixed, settings['init_from'] = {*given, 'init_from', 'out_dir'}, 'resume'
     settings.update({key: value for key, value in saved.items() if key not in fixed})
-    if checkpoint['step'] >= settings['max_iters']:
-        fail(f"{out_dir} is at step {checkpoint['step']} of max_iters={settings['max_iters']}: raise "
-             f"--max_iters to go on")
+    if 'max_iters' in given and 'epochs' not in given:
+        settings['epochs'] = 0.0
 
 
 def parse(text, default):
@@ -201,7 +297,7 @@ def check(settings, keys, rules, key, value, where):
     """The value of a setting in its own type, or one line that names `where` and what is allowed."""
     if key not in keys:
         near = difflib.get_close_matches(key, keys, n=1)
-        hint = f"did you mean {near[0]!r}? (--help lists all)" if near else f"there are {', '.join(keys)}"
+        hint = ELSEWHERE.get(key) or (f"did you mean {near[0]!r}? " if near else '') + "--help lists all"
         fail(f"{where}: unknown setting {key!r}; {hint}")
     kind = type(settings[key])
     if value is True and kind is not bool and where == f'--{key}':
@@ -212,6 +308,8 @@ def check(settings, keys, rules, key, value, where):
         fail(f"{where}: {key} takes UTF-8 text without NUL, not {value!r}")
     if kind is float and type(value) is int:
         value = float(value)
+    if kind is bool and type(value) is int and value in (0, 1):
+        value = bool(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
         want = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[kind]
         fail(f"{where}: {key} takes {want}, not {value!r}")
@@ -258,6 +356,7 @@ def print_help(settings, keys):
     """Print the script's docstring, then each setting with its default and the comment beside it."""
     with open(settings['__file__'], encoding='utf-8') as f:
         comments = dict(re.findall(r'^(\w+) = .*?# (.+)$', f.read(), re.MULTILINE))
+    comments = {**{key: comment for key, (_, comment) in LOOP.items()}, **comments}
     print(settings['__doc__'].strip(), "\n\nSettings, as --key=value:")
     for key in keys:
         print(f"  {key + '=' + repr(settings[key]):32} {comments.get(key, '')}")
@@ -606,6 +705,9 @@ def build_model(model_class, config, state, source):
 
 # ---- metrics and pictures ----
 
+TRACKERS = ('wandb', 'swanlab')                          # packages with one and the same interface
+
+
 class MetricsLog:
     """out_dir/metrics.jsonl, one JSON object per line, and pictures of it. For rank 0."""
 
@@ -632,8 +734,9 @@ class MetricsLog:
         with replacing(self.path) as new, open(new, 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(line) + '\n' for line in self.lines)
         if wandb_log:
-            import wandb
-            self.wandb = wandb.init(project='from-scratch', name=os.path.basename(out_dir), config=settings)
+            package = importlib.import_module(next(filter(importlib.util.find_spec, TRACKERS)))
+            self.wandb = package.init(project=settings['wandb_project'], config=settings,
+                                      name=settings['wandb_run_name'] or os.path.basename(out_dir))
 
     def write(self, **numbers):
         """Numbers that are not finite (float16 skips such a step) become null, so that it stays JSON."""

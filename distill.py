@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from configurator import at_least, between, configure, fail, start_run
 from prepare import data_folder, open_data
-from pretrain import Training, check_shape, make_optimizers, new_model
+from pretrain import Training, check_shape, new_model
 from sample import answers, load_run, load_start
 from sft import held_out_loss, last_answers, open_rows, spread, write_report
 from train_tokenizer import load_tokenizer
@@ -34,6 +34,7 @@ out_dir = 'out/distill'         # where checkpoint, tokenizer, metrics, picture 
 init_from = 'scratch'           # the student: 'scratch', 'resume', or a run's or Hugging Face folder
 teacher = 'out/sft'             # a run's or Hugging Face folder; '' is black box: the data's answers alone
 max_iters = 200                 # optimizer steps
+epochs = 0.0                    # passes over the data instead of max_iters; 0 takes max_iters
 eval_interval = 50              # save and measure the held-out loss every so many steps
 always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 50                 # batches of held-out conversations to measure on, at most
@@ -198,9 +199,7 @@ if __name__ == '__main__':
         size = guide.config.vocab_size if guide else tokenizer.vocab_size
         model = new_model({**config, **STUDENT}, size).to(run.device)
     rows, val_rows, val_docs, what = open_rows(run, config, train, val)
-    optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
-    training = Training(run, config, model, optimizers, tokenizer, checkpoint)
-    training.announce(what, len(rows.rows))
+    training = Training(run, config, model, tokenizer, len(rows.rows), what, checkpoint)
     if guide:
         loss = held_out_loss(guide, run, val_rows, batch_size, eval_iters)
         size = sum(p.numel() for p in guide.parameters())

@@ -28,13 +28,14 @@ from torch.nn import functional as F
 
 from configurator import above, configure, fail, fingerprint, load_checkpoint, replacing, start_run
 from prepare import Progress, data_folder, open_data, read_split
-from pretrain import Training, make_optimizers, read_rows, to_device
+from pretrain import Training, read_rows, to_device
 from sample import evaluating, load_run, model_of
 
 # the run
 out_dir = 'out/dpo'             # where checkpoint, tokenizer, metrics and picture go
 init_from = 'out/sft'           # the folder of the run to start from, which is the reference too, or 'resume'
 max_iters = 200                 # optimizer steps
+epochs = 0.0                    # passes over the data instead of max_iters; 0 takes max_iters
 eval_interval = 50              # save and measure the held-out pairs every so many steps
 always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 25                 # batches of held-out pairs to measure on, at most
@@ -230,10 +231,9 @@ if __name__ == '__main__':
         ref_val = log_probs_of(model, run, val, val_pairs, *how)
     if checkpoint:                                              # from here on it is the policy
         model = model_of(checkpoint, out_dir).to(run.device)
-    optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
-    training = Training(run, config, model, optimizers, tokenizer, checkpoint, saved=lambda: dict(
+    what = f"{len(train_pairs):,} pairs"
+    training = Training(run, config, model, tokenizer, len(train_pairs), what, checkpoint, lambda: dict(
         model=model.state_dict(), reference=source, reference_fingerprint=weights))
-    training.announce(f"{len(train_pairs):,} pairs", len(train_pairs))
 
     def make_batch(rows):
         ref = torch.from_numpy(ref_train[rows].ravel()) if cache_reference else None        # (P, 2) -> (2P,)

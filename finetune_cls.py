@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from configurator import configure, fail, load_checkpoint, one_of, start_run
 from prepare import TASKS, Piece, Split, open_data, whole_text
-from pretrain import Training, make_optimizers, read_rows, to_device
+from pretrain import Training, read_rows, to_device
 from sample import evaluating, load_start, model_of
 from train_tokenizer import load_tokenizer
 
@@ -35,6 +35,7 @@ out_dir = 'out/finetune_cls'    # where checkpoint, tokenizer, metrics, pictures
 init_from = 'out/pretrain'      # 'resume' (go on in out_dir), a run's or Hugging Face folder, or 'gpt2', ...
 random_weights = False          # keep nothing of init_from but its shape and tokenizer
 max_iters = 150                 # optimizer steps
+epochs = 0.0                    # passes over the data instead of max_iters; 0 takes max_iters
 eval_interval = 25              # save and measure loss and accuracy on val every so many steps
 log_interval = 10               # print a line every so many steps
 seed = 1337                     # of the head's weights, the order of the data, dropout
@@ -236,11 +237,10 @@ if __name__ == '__main__':
         weights = torch.tensor(counts.sum() / (len(names) * counts), dtype=torch.float32)
     best = checkpoint['best'] if checkpoint else dict(accuracy=-1.0, loss=math.inf, step=0)
     best_weights = checkpoint['model'] if checkpoint else {}
-    optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
     # the best weights are the run's result; the last ones, to go on with
-    training = Training(run, config, model, optimizers, tokenizer, checkpoint, saved=lambda: dict(
+    what = f"{len(train.labels):,} training texts"
+    training = Training(run, config, model, tokenizer, len(train.labels), what, checkpoint, lambda: dict(
         model=best_weights, last=model.state_dict(), labels=names, best=best))
-    training.announce(f"{len(train.labels):,} training texts", len(train.labels))
     if n_cut := int((np.diff(train.offsets) > block_size).sum()):
         training.say(f"{n_cut:,} texts are longer than block_size={block_size} and lose their end")
 

@@ -29,7 +29,7 @@ from configurator import (above, at_least, check_weights, configure, fail, finge
                           make_folder, read_json, read_weights, refuse_model, save_checkpoint, start_run)
 from model_gpt2 import OFFICIAL
 from prepare import open_data
-from pretrain import Training, make_optimizers
+from pretrain import Training
 from sample import export, load_base, load_start
 from sft import held_out_loss, open_rows, write_report
 from train_tokenizer import load_tokenizer
@@ -38,6 +38,7 @@ from train_tokenizer import load_tokenizer
 out_dir = 'out/lora'            # where adapters, tokenizer, metrics, picture and report go
 init_from = 'out/sft'           # the base: a run's or Hugging Face folder, or 'gpt2', ...; or 'resume'
 max_iters = 150                 # optimizer steps
+epochs = 0.0                    # passes over the data instead of max_iters; 0 takes max_iters
 eval_interval = 50              # save and measure the held-out loss every so many steps
 always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 50                 # batches of held-out conversations to measure on, at most
@@ -354,10 +355,8 @@ if __name__ == '__main__':
     model, tokenizer, checkpoint, about = load_adaptable(run, config)
     meta, train, val = open_data(run, dataset, 'sft', tokenizer)
     rows, val_rows, val_docs, what = open_rows(run, config, train, val)
-    optimizers = make_optimizers(model, 'adamw', learning_rate, weight_decay)
-    training = Training(run, config, model, optimizers, tokenizer, checkpoint,
-                        saved=lambda: dict(adapters=adapter_state(model), **about))
-    training.announce(what, len(rows.rows))
+    training = Training(run, config, model, tokenizer, len(rows.rows), what, checkpoint,
+                        lambda: dict(adapters=adapter_state(model), **about))
 
     model.train()
     for _ in training:

@@ -37,12 +37,14 @@ class GPT2Config:
     """Sizes under Hugging Face's names; the defaults are OpenAI's small model (chapter I-4)."""
     vocab_size: int = 50257
     n_positions: int = 1024                # the context: how many positions there are
+    trained_length: int = 0                # tokens of the longest rows it was trained on; 0 is unknown
     n_embd: int = 768                      # C, the width of the residual stream
     n_layer: int = 12
     n_head: int = 12
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02        # of new weights; 0: PyTorch's initialisation, as in chapter I-4
     dropout: float = 0.0                   # on embeddings, attention weights, and what each part adds
+    bias: bool = True                      # False: no biases anywhere, in LayerNorm neither
     qkv_bias: bool = True                  # False: query, key and value are purely linear, as in the chapters
     tie_word_embeddings: bool = True       # False: the output head has its own weights, as in the chapters
     positions: str = 'learned'             # or 'sinusoidal'
@@ -134,8 +136,8 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias and config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, allowed=None, cache=None):
         """x (B, T, C) -> (B, T, C). allowed: what each query may look at; None is plain causal order."""
@@ -155,8 +157,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
@@ -168,9 +170,9 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
         self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -224,7 +226,7 @@ class GPT2(nn.Module):
             wpe=nn.Embedding(config.n_positions, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd, config.layer_norm_epsilon),
+            ln_f=nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

@@ -40,6 +40,7 @@ class MiniMindConfig:
     num_key_value_heads: int = 2           # as many as query heads: multi-head; 1: multi-query; else grouped
     head_dim: int = 0                      # D; 0 is hidden_size / num_attention_heads
     max_position_embeddings: int = 32768   # the context: how many positions RoPE is prepared for
+    trained_length: int = 0                # tokens of the longest rows it was trained on; 0 is unknown
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-5
     qk_norm: bool = False                  # RMSNorm on each head's query and key (MiniMind-3, Qwen3)
@@ -449,14 +450,18 @@ class MiniMind(nn.Module):
         """(layers, E): the share of the counted visits each expert got in that loss; 1 / E is fair."""
         return torch.stack([block.mlp.load for block in self.model.layers])
 
-    def extend_context(self, factor):
-        """Read `factor` times longer texts than the model was trained on, by YaRN."""
-        if self.config.rope_scaling:
-            raise ValueError(f"the context is extended already: {self.config.rope_scaling}")
-        scaling = dict(rope_type='yarn', factor=float(factor),
-                       original_max_position_embeddings=self.config.context)
-        self.config = replace(self.config, rope_scaling=scaling,
-                              max_position_embeddings=int(self.config.context * factor))
+    def extend_context(self, factor=1.0, length=1):
+        """Read texts of `length` tokens, for which RoPE needs a longer table but no parameters; with a
+        factor, texts so many times longer than the model was trained on, by YaRN."""
+        config = self.config
+        if factor > 1:
+            if config.rope_scaling:
+                raise ValueError(f"the context is extended already: {config.rope_scaling}")
+            trained = config.trained_length or config.context
+            length = max(length, int(trained * factor))
+            config = replace(config, rope_scaling=dict(rope_type='yarn', factor=float(factor),
+                                                       original_max_position_embeddings=trained))
+        self.config = replace(config, max_position_embeddings=max(config.context, length))
         self.rope = rope_table(self.config).to(self.rope)
 
     def make_cache(self, batch_size, max_tokens):

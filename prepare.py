@@ -6,6 +6,7 @@ Prepare data: records of any format -> token ids and mask -> arrays; and read th
     python prepare.py --input=novel.txt            # your own text -> data/novel
     python prepare.py --input=corpus.jsonl --tokenizer=gpt2 --on_error=skip     # {"text": ...} on each line
     python prepare.py --input=chats.jsonl --debug_mask      # conversations: look at the first one, then stop
+    python prepare.py --input=nanoGPT/data/openwebtext --tokenizer=gpt2         # its train.bin and val.bin
     python prepare.py --input=mail.csv                      # label and text -> train, val and test by label
     python prepare.py --dataset=pydoc_dpo --print_text | head           # look at the text before it is tokens
 
@@ -44,10 +45,11 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import HERE, Progress, between, configure, fail, fits, make_folder, one_of, read_json
-from train_tokenizer import encode_chat, encode_pair, load_tokenizer, print_mask, text_parts
+from train_tokenizer import (Tokenizer, encode_chat, encode_pair, load_tokenizer, print_mask, text_parts,
+                             train_lookup)
 
 dataset = ''                # name of the folder in data/, or a path; '' is the input's own name, or pydoc
-input = ''                  # a .txt, .jsonl, .json, .csv or .tsv file, or a folder of text; '' is built in
+input = ''                  # a .txt, .jsonl, .json, .csv, .tsv or .bin file, or a folder; '' is built in
 task = ''                   # 'pretrain', 'sft', 'dpo' or 'cls'; '' is what the fields of the first record say
 tokenizer = 'out/tokenizer' # folder of a trained tokenizer, or 'gpt2'
 val_fraction = 0.0          # share of the text that is held out; 0 takes the data set's own, mostly 0.05
@@ -63,6 +65,7 @@ SPLITS = ('train', 'val', 'test')
 # What meta.json holds; 'test' and 'labels' only of some sets.
 META = dict(format=int, task=str, source=str, tokenizer=str, vocab_size=int, labels=[str],
             **dict.fromkeys(SPLITS, dict(documents=int, tokens=int, bytes=int)))
+OWN_TOKENIZER = os.path.join(HERE, 'out', 'tokenizer')
 PYTHON = platform.python_version()      # pydoc differs between versions
 # The sets that need no file of the user: task, file in data/, and the command that writes the file.
 BUILT_IN = {
@@ -73,6 +76,7 @@ BUILT_IN = {
     'spam': ('cls', 'spam.csv', ''),                    # comes with the code
     'verdict': ('pretrain', 'raw/the-verdict.txt', 'data/download.py verdict'),
     'shakespeare': ('pretrain', 'raw/shakespeare.txt', 'data/download.py shakespeare'),
+    'shakespeare_char': ('pretrain', 'raw/shakespeare.txt', 'data/download.py shakespeare'),
     'sms_spam': ('cls', 'raw/sms_spam.tsv', 'data/download.py sms_spam'),
     'instruction': ('sft', 'raw/instruction.json', 'data/download.py instruction'),
 }
@@ -415,6 +419,68 @@ def read_txt(file, val_fraction, side=None, size=1 << 16):
         yield Piece(split, text, ends_document=at == length)
 
 
+class Encoded(str):
+    """Text that comes with its ids."""
+
+
+def bins_of(source):
+    """{split: ids} of nanoGPT's train.bin and val.bin, uint16 without a header, in a folder or beside each
+    other; {} if the source is neither."""
+    folder = source if os.path.isdir(source) else os.path.dirname(source)
+    if ending(source) != '.bin' and not os.path.isfile(os.path.join(source, 'train.bin')):
+        return {}
+    bins = {}
+    for split in SPLITS[:2]:
+        path = os.path.join(folder, f'{split}.bin')
+        size = os.path.getsize(path) if os.path.isfile(path) else fail(
+            f"{path} is missing: nanoGPT's train.bin and val.bin stand side by side")
+        if size % 2 or not size:
+            fail(f"{path} holds {size:,} bytes, not a whole number of token ids of two bytes each")
+        bins[split] = np.memmap(path, '<u2', 'r')
+    return bins
+
+
+def read_bins(bins, tokenizer, source, size=1 << 20):
+    """Yield the ids of bins_of as Pieces; <|endoftext|> ends a document. One line over an id that the
+    tokenizer has not."""
+    for split, ids in bins.items():
+        progress = Progress(f'reading {split}.bin')
+        for at in range(0, len(ids), size):
+            part = ids[at:at + size]
+            if (most := part.max()) >= tokenizer.vocab_size:
+                fail(f"{source}: {split}.bin holds the id {most}, and the tokenizer {tokenizer.vocab_size} "
+                     f"ids: name the one it was made with, as in --tokenizer=gpt2")
+            documents = np.split(part, np.flatnonzero(part == tokenizer.eot) + 1)
+            documents = [document.tolist() for document in documents if len(document)]
+            texts = tokenizer.backend.decode_batch(documents)           # which skips <|endoftext|>
+            for ids_of_text, text in zip(documents, map(Encoded, texts)):
+                text.ids = ids_of_text
+                yield Piece(split, text, ends_document=ids_of_text[-1] == tokenizer.eot)
+            progress.show(at / len(ids))
+
+
+def char_tokenizer(file):
+    """nanoGPT's tokenizer of a text, the ids its characters, sorted; <|endoftext|> and <|unk|> follow."""
+    return Tokenizer(train_lookup(text_parts(file), 1 << 21, 'char'))
+
+
+def tokenizer_of_bins(bins, source, tokenizer):
+    """The tokenizer that made nanoGPT's ids, by its name; or, where a meta.pkl says that they are characters,
+    of the input.txt beside it. A pickle may run any code, so it is not opened."""
+    folder = source if os.path.isdir(source) else os.path.dirname(source)
+    text = os.path.join(folder, 'input.txt')
+    if tokenizer != OWN_TOKENIZER or not os.path.isfile(os.path.join(folder, 'meta.pkl')):
+        return load_tokenizer(tokenizer)
+    if not os.path.isfile(text):
+        fail(f"{folder} has a meta.pkl, so its ids are characters, but pickles are not opened here: put the "
+             f"text beside it as input.txt, or name the folder of its tokenizer with --tokenizer")
+    tokenizer, start = char_tokenizer(text), next(text_parts(text))[:len(bins['train'])]
+    if tokenizer.encode(start) != bins['train'][:len(start)].tolist():
+        fail(f"{folder}: train.bin does not begin with the characters of input.txt")
+    print(f"the tokenizer is that of the characters of {text}; meta.pkl is not opened")
+    return tokenizer
+
+
 def read_labelled(source, balance=True, seed=1337, on_error='stop'):
     """The list of labelled texts of a .csv or .tsv file, as Pieces.
 
@@ -453,6 +519,9 @@ def read_labelled(source, balance=True, seed=1337, on_error='stop'):
 
 def encode_texts(tokenizer, pieces):
     """For pretraining: each token is a target, and eot ends a document, if its text has not."""
+    if isinstance(pieces[0].content, Encoded):
+        yield from ((piece, piece.content.ids, [1] * len(piece.content.ids)) for piece in pieces)
+        return
     for piece, ids in zip(pieces, tokenizer.encode_batch([piece.content for piece in pieces])):
         end = tokenizer.backend.id_to_token(tokenizer.eot)
         ended = piece.content.rstrip().endswith(end) and tokenizer.eot in ids
@@ -590,7 +659,8 @@ def read_meta(name, task=''):
     path = os.path.join(data_folder(name), 'meta.json')
     if not os.path.isfile(path):
         fail(f"no prepared data in {data_folder(name)}: make it with `python prepare.py --input=FILE "
-             f"--dataset={name}`, or use the built-in --dataset="
+             f"--dataset={name}` (of nanoGPT's: --input=FOLDER_OF_TRAIN.BIN --tokenizer=gpt2), or use the "
+             f"built-in --dataset="
              + ' or '.join(k for k, (t, _, _) in BUILT_IN.items() if t == task or not task))
     try:
         meta = read_json(path)
@@ -676,11 +746,14 @@ def open_data(run, dataset, task, tokenizer=''):
                gets it, trained on pydoc. '' is out/tokenizer, or whatever made the data.
     """
     folder = data_folder(dataset)
-    made_with = getattr(tokenizer, 'source', tokenizer) or os.path.join(HERE, 'out', 'tokenizer')
+    made_with = getattr(tokenizer, 'source', tokenizer) or OWN_TOKENIZER
     if os.path.basename(folder) in BUILT_IN and not os.path.exists(folder) and run.rank == 0:
-        if made_with != 'gpt2' and not os.path.isfile(os.path.join(made_with, 'tokenizer.json')):
-            run_script('train_tokenizer.py', f'--out_dir={made_with}')
-        run_script('prepare.py', f'--dataset={dataset}', f'--tokenizer={made_with}')
+        arguments = [f'--dataset={dataset}']
+        if os.path.basename(folder) != 'shakespeare_char':              # which brings its tokenizer
+            arguments.append(f'--tokenizer={made_with}')
+            if made_with != 'gpt2' and not os.path.isfile(os.path.join(made_with, 'tokenizer.json')):
+                run_script('train_tokenizer.py', f'--out_dir={made_with}')
+        run_script('prepare.py', *arguments)
     run.barrier()
     meta = read_meta(dataset, task)
     if isinstance(tokenizer, str) and tokenizer:
@@ -704,34 +777,46 @@ if __name__ == '__main__':
         sys.stdout = sys.stderr                     # for anything else that is printed
     folder = data_folder(dataset or os.path.splitext(os.path.basename(input.rstrip('/')))[0] or 'pydoc')
     name, source, found = os.path.basename(folder), input, Counter()
+    bins = bins_of(input) if input and not print_text else {}
     if input:
-        files_of(input)
+        bins or files_of(input)
     elif name not in BUILT_IN:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(BUILT_IN)}"
         fail(f"--dataset={dataset} is not built in ({hint}): name its source with --input=FILE")
-    tokenizer = None if print_text else load_tokenizer(tokenizer)
+    is_char = name == 'shakespeare_char' and not bins
+    if is_char and tokenizer != OWN_TOKENIZER:
+        fail(f"--tokenizer={tokenizer}: {name} has a tokenizer of its own, of its characters: leave it out")
+    if bins:
+        tokenizer = tokenizer_of_bins(bins, input, tokenizer)
+    elif not is_char:
+        tokenizer = None if print_text else load_tokenizer(tokenizer)
     if not input:
         _, file, command = BUILT_IN[name]
         source = os.path.join(HERE, 'data', file)
         if not os.path.isfile(source):
             run_script(*command.split())
-    kind, names_split = task_of(source, on_error)
+    if is_char:
+        tokenizer = None if print_text else char_tokenizer(source)
+    kind, names_split = ('pretrain', True) if bins else task_of(source, on_error)
     if task and task != kind and 'cls' in (task, kind):
         fail(f"--task={task}: {source} is for {kind!r}; tables are for 'cls', and all else is not")
     kind = task or kind
     for key, idle in dict(val_fraction=kind == 'cls' and val_fraction, balance=kind != 'cls' and not balance,
                           seed=kind != 'cls' and seed != 1337,
-                          special_tokens=kind != 'pretrain' and not special_tokens).items():
+                          special_tokens=(bins or kind != 'pretrain') and not special_tokens).items():
         if idle:
             fail(f"--{key} has no effect on data for the task {kind!r}: leave it out")
     if val_fraction and names_split:
         fail(f"--val_fraction={val_fraction}: the records of {source} name their split themselves")
     if kind == 'cls':
         pieces = read_labelled(source, balance, seed, on_error)
+    elif bins:
+        pieces = read_bins(bins, tokenizer, input)
     else:
-        # chapter I-5 holds out a tenth of its short text, which is two rows
-        pieces = read_pieces(source, kind, val_fraction or (0.1 if name == 'verdict' else 0.05), on_error)
+        # chapter I-5 holds out a tenth of its short text, which is two rows; nanoGPT a tenth of Shakespeare
+        share = 0.1 if name in ('verdict', 'shakespeare', 'shakespeare_char') else 0.05
+        pieces = read_pieces(source, kind, val_fraction or share, on_error)
     if kind == 'pretrain' and tokenizer:
         tokenizer.backend.encode_special_tokens = not special_tokens        # True: as letters
         special = [t.content for t in tokenizer.backend.get_added_tokens_decoder().values() if t.special]

@@ -10,6 +10,7 @@ N counts the targets of the whole step, over its micro-batches and ranks: how th
     python pretrain.py --batch_size=8 --max_iters=20
     python pretrain.py --init_from=resume               # after Ctrl-C, a crash, or to go on
     torchrun --nproc_per_node=4 pretrain.py --dataset=mytext --gradient_accumulation_steps=16
+    python pretrain.py train_gpt2.py                    # a config file of nanoGPT, see config/nanogpt.py
 
 What to expect: the loss starts near ln(vocabulary), falls fast while the frequencies of words are learned,
 then ever slower. Bits per byte compare models of different tokenizers. A held-out loss that rises while the
@@ -20,6 +21,7 @@ Every later stage takes from here its loop, Training, and its optimizers.
 """
 import functools
 import math
+import re
 import signal
 import sys
 import time
@@ -38,6 +40,7 @@ from train_tokenizer import load_tokenizer
 out_dir = 'out/pretrain'        # where checkpoint, tokenizer, metrics and picture go
 init_from = 'scratch'           # 'scratch', 'resume' (in out_dir), a run's or Hugging Face folder, 'gpt2'
 max_iters = 320                 # optimizer steps
+epochs = 0.0                    # passes over the data instead of max_iters; 0 takes max_iters
 eval_interval = 160             # save, measure the held-out loss and print a sample every so many steps
 always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 200                # batches of held-out text to measure on, at most
@@ -50,16 +53,18 @@ dataset = 'pydoc'               # name in data/, or a path; a built-in one is pr
 tokenizer = ''                  # what the data must be tokenised with: a folder or 'gpt2'; '' takes its own
 batch_size = 16                 # rows in a micro-batch
 gradient_accumulation_steps = 1 # micro-batches in a step, over all ranks together
-block_size = 256                # tokens in a row: the context
+block_size = 256                # tokens in a row
 stride = 0                      # tokens from row to row (chapter I-1); 0 tiles the text anew each epoch
 # the model, when from scratch: any other brings all of this itself, but for dropout
 model = 'minimind'              # 'minimind' or 'gpt2'
+context = 0                     # tokens the model can read at once; 0 is block_size
 n_layer = 4                     # blocks
 n_head = 4                      # query heads
 n_kv_head = 2                   # minimind: key and value heads; n_head is multi-head, 1 is multi-query
 n_embd = 256                    # width
 intermediate_size = 0           # minimind: width inside the feed-forward; 0 is 8/3 n_embd, up to 64
 qk_norm = True                  # minimind: RMSNorm on queries and keys
+bias = True                     # gpt2: biases, in LayerNorm too; False: none anywhere
 qkv_bias = True                 # gpt2: biases on queries, keys and values
 positions = 'learned'           # gpt2: 'learned' or 'sinusoidal'
 init_std = 0.02                 # gpt2: standard deviation of new weights; 0 is PyTorch's own initialisation
@@ -104,23 +109,37 @@ class Training:
     of it and the seed. The step behind the last one only evaluates.
     """
 
-    def __init__(self, run, config, model, optimizers, tokenizer, checkpoint=None, saved=None):
-        """checkpoint: of the run to resume. saved: a function, what a new one holds of the model."""
+    def __init__(self, run, config, model, tokenizer, rows, what, checkpoint=None, saved=None):
+        """rows: how many of them are an epoch; what: the data in words. checkpoint: of the run to resume.
+        saved: a function, what a new one holds of the model. Says what is about to happen."""
         self.run, self.config, self.model, self.tokenizer = run, config, model, tokenizer
-        self.optimizers, self.saved = optimizers, saved or (lambda: dict(model=model.state_dict()))
+        self.saved = saved or (lambda: dict(model=model.state_dict()))
+        self.optimizers = make_optimizers(model, config.get('optimizer', 'adamw'), config['learning_rate'],
+                                          config['weight_decay'], (config['beta1'], config['beta2']))
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         self.rows = config['batch_size'] * config['gradient_accumulation_steps']        # of a step
         self.always_save = config.get('always_save_checkpoint', True)
-        self.last, self.first, self.position, self.counted = config['max_iters'], 0, 0, 0
+        self.first, self.position, self.counted = 0, 0, 0
         self.saved_step, self.lowest, self.norms = None, math.inf, []       # norms: [(step, of its gradient)]
         if config['init_from'] == 'resume':
             self.first, self.position, self.counted = (checkpoint[k] for k in ('step', 'position', 'counted'))
             self.saved_step, self.lowest = self.first, checkpoint['lowest']
-            restore_optimizers(optimizers, checkpoint['optimizers'])
+            restore_optimizers(self.optimizers, checkpoint['optimizers'])
             if run.dtype == torch.float16 and checkpoint['scaler']:     # {} where the run had no float16
                 self.scaler.load_state_dict(checkpoint['scaler'])
             restore_rng(run, checkpoint['rng'], self.first)
+        left = config['epochs'] * rows - self.position      # rows; a thousandth of one is rounding
+        self.last = config['max_iters']
+        if config['epochs']:
+            self.last = self.first + math.ceil(left / self.rows - 1e-3)
+        if config['eval_only']:
+            self.last = self.first                          # the step that only evaluates
+        elif self.first >= self.last:
+            fail(f"{config['out_dir']} is at step {self.first}, and ends at {self.last}: raise "
+                 f"--{'epochs' if config['epochs'] else 'max_iters'} to go on")
+        length = model.config.trained_length or model.config.context
+        model.config.trained_length = max(length, config['block_size'])
         if run.world_size > 1:
             for tensor in model.state_dict().values():      # every rank drew its own: take those of rank 0
                 dist.broadcast(tensor, 0)
@@ -129,9 +148,25 @@ class Training:
         self.signal = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
-        if run.rank == 0:
+        self.log = None
+        if run.rank == 0 and not config['eval_only']:
             make_folder(config['out_dir'])
             self.log = MetricsLog(config['out_dir'], self.first, config['wandb_log'], config)
+        size, trained = (sum(p.numel() for p in some) for some in (model.parameters(), self.params))
+        part = f", {trained:,} of them trained ({trained / size:.2%})" if trained < size else ""
+        # weights that stay have no gradient: of adapters it would be another sum
+        self.flops = flops_per_token(model, config['block_size']) if trained > size / 2 else 0
+        steps = f"{self.last * self.rows / rows:.1f} epochs in {self.last:,} steps"
+        steps += f" (epochs={config['epochs']}, so max_iters does not count)" if config['epochs'] else ""
+        self.say(f"{size:,} parameters{part}; {what}: {'eval_only' if config['eval_only'] else steps} on "
+                 f"{run.world_size} x {run.device.type} in {str(run.dtype)[6:]}")
+
+    def rate(self, step):
+        """The learning rate of a step."""
+        how = {key: self.config[key] for key in ('learning_rate', 'min_lr', 'warmup_iters')}
+        if not self.config['decay_lr']:
+            return self.config['learning_rate']
+        return learning_rate_at(step, **how, max_iters=self.config['lr_decay_iters'] or self.last)
 
     def ask_to_stop(self, number, frame):
         """Ctrl-C or SIGTERM: save and stop at the next step. A second Ctrl-C ends the run at once."""
@@ -141,14 +176,6 @@ class Training:
     def say(self, line):
         if self.run.rank == 0:
             print(line, flush=True)
-
-    def announce(self, what, rows):
-        """Say what is about to happen. what: the data in words; rows: how many of them are an epoch."""
-        size, trained = (sum(p.numel() for p in some) for some in (self.model.parameters(), self.params))
-        part = f", {trained:,} of them trained ({trained / size:.2%})" if trained < size else ""
-        self.say(f"{size:,} parameters{part}; {what}: {self.last * self.rows / rows:.1f} epochs in "
-                 f"{self.last:,} steps on {self.run.world_size} x {self.run.device.type} in "
-                 f"{str(self.run.dtype)[6:]}")
 
     def __iter__(self):
         self.began, self.evaluation_seconds = time.time(), 0.0
@@ -161,7 +188,7 @@ class Training:
                     self.save()
                 break
             self.due = self.step % self.config['eval_interval'] == 0 or self.step == self.last
-            self.lr = learning_rate_at(self.step, **{key: self.config[key] for key in RATE})
+            self.lr = self.rate(self.step)
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group['lr'] = self.lr * group['scale']
             self.sums, self.step_began = {}, time.time()
@@ -171,7 +198,7 @@ class Training:
         """Log the numbers of an evaluation, val_loss among them, print a line of them, and save."""
         self.check_finite(**numbers)
         self.say(f"step {self.step:6,}  {line}")
-        if self.run.rank == 0:
+        if self.log:
             self.log.write(step=self.step, **numbers)
         if self.step > self.first:                          # where it starts there is nothing new to keep
             is_lowest, self.lowest = numbers['val_loss'] < self.lowest, min(numbers['val_loss'], self.lowest)
@@ -238,11 +265,10 @@ class Training:
         found += [(self.step, f"{name} is {n}") for name, n in losses.items() if not math.isfinite(n)]
         if found:
             step, what = found[0]
-            rate = learning_rate_at(step, **{key: self.config[key] for key in RATE})
             kept = ("nothing is saved yet: start again" if self.saved_step is None else
                     f"step {self.saved_step:,} is still good in {self.config['out_dir']}: --init_from=resume")
-            fail(f"step {step:,}: the {what} at a learning rate of {rate:.2e}, the run has diverged; {kept} "
-                 f"with a lower --learning_rate", code=1)
+            fail(f"step {step:,}: the {what} at a learning rate of {self.rate(step):.2e}, the run has "
+                 f"diverged; {kept} with a lower --learning_rate", code=1)
 
     def print_line(self, unit, norm):
         """Log and print the means of the step's sums, the speed since the last line, and the time left."""
@@ -251,15 +277,18 @@ class Training:
         (began, counted, step), self.mark = self.mark, (time.time(), self.counted, self.step + 1)
         seconds, steps, interval = self.mark[0] - began, self.mark[2] - step, self.config['eval_interval']
         speed = (self.counted - counted) / seconds
+        mfu = speed * self.flops / (peak_flops(self.run) or math.inf) if unit == 'tokens' else 0
         evaluations = (self.last - 1) // interval - self.step // interval + 1
         left = (self.last - self.mark[2]) * seconds / steps + evaluations * self.evaluation_seconds
         if self.run.rank == 0:
             self.log.write(step=self.step, **{name: value.tolist() for name, value in means.items()},
-                           lr=self.lr, grad_norm=norm, **{unit: self.counted, f'{unit}_per_second': speed})
+                           lr=self.lr, grad_norm=norm, **{unit: self.counted, f'{unit}_per_second': speed},
+                           **dict(mfu=mfu) if mfu else {})
             shown = [f"{name.replace('_', ' ')} {value.min():.4f}"
                      + f" to {value.max():.4f}" * (value.ndim > 0) for name, value in means.items()]
             print(f"step {self.step:6,}/{self.last:,}  {'  '.join(shown)}  lr {self.lr:.2e}  "
-                  f"grad norm {norm:.2f}  {speed:,.0f} {unit}/s  {clock(left)} left", flush=True)
+                  f"grad norm {norm:.2f}  {speed:,.0f} {unit}/s  "
+                  f"{f'mfu {mfu:.1%}  ' if mfu else ''}{clock(left)} left", flush=True)
 
     def save(self):
         self.check_finite()
@@ -272,16 +301,18 @@ class Training:
     @property
     def finished(self):
         """Whether this is rank 0 and the run came to its end: time for a report."""
-        return self.run.rank == 0 and not self.stopping
+        return self.log is not None and not self.stopping
 
     def close(self, goodbye):
         """Draw, say where the result is, and end the process."""
-        if self.run.rank == 0:
+        if self.log:
             self.log.draw()
         folder, saved = self.config['out_dir'], self.saved_step
         if self.stopping:
             state = f"step {saved:,} is saved in {folder}; go on with --init_from=resume"
             self.say(f"stopped at step {self.step:,}; {'nothing to save yet' if saved is None else state}")
+        elif self.config['eval_only']:
+            self.say("nothing is written: eval_only=True")
         else:
             if saved != self.last:
                 self.say(f"step {saved:,} is kept, of the lowest held-out loss {self.lowest:.4f}")
@@ -292,9 +323,6 @@ class Training:
         sys.exit(128 + self.signal if self.stopping else 0)
 
 
-RATE = ('learning_rate', 'min_lr', 'warmup_iters', 'max_iters')
-
-
 def learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters):
     """Linear warmup to learning_rate, then half a cosine down to min_lr at max_iters (-1: to a tenth)."""
     min_lr = learning_rate / 10 if min_lr < 0 else min_lr
@@ -302,6 +330,30 @@ def learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters):
         return learning_rate * (step + 1) / (warmup_iters + 1)
     progress = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
     return min_lr + 0.5 * (learning_rate - min_lr) * (1 + math.cos(math.pi * progress))
+
+
+# What GPUs multiply at most in bfloat16 or float16, in flop per second, by patterns of their names.
+PEAKS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'H800': 989e12, 'A100': 312e12, 'A800': 312e12,
+         'L40S': 362e12, 'RTX 4090$': 165e12, 'RTX 3090$': 71e12}
+
+
+def peak_flops(run):
+    """Of all ranks together; 0 if that is not known, as of a CPU, or of products in float32."""
+    name = torch.cuda.get_device_name(run.device) if run.device.type == 'cuda' else ''
+    known = next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name)), 0)
+    return known * run.world_size * (run.dtype != torch.float32)
+
+
+def flops_per_token(model, length):
+    """6 N + 12 L H Q T, forward and backward, in rows of T = length tokens (Chowdhery et al. 2022, appendix
+    B): N parameters that a token meets, without positions, in L layers of H heads, Q wide."""
+    config = model.config
+    idle = 1 - config.num_experts_per_tok / config.num_experts if config.use_moe else 0
+    N = sum(p.numel() * (1 - idle * ('.mlp.experts.' in name))
+            for name, p in model.named_parameters() if 'wpe' not in name)
+    L, width = ((config.n_layer, config.n_embd) if config.model_type == 'gpt2' else
+                (config.num_hidden_layers, config.num_attention_heads * config.head_dim))
+    return 6 * N + 12 * L * width * length
 
 
 def to_device(batch, device):
@@ -346,7 +398,7 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x.mT if tall else x, alpha=-group['lr'] * size)
 
 
-def make_optimizers(model, optimizer, learning_rate, weight_decay):
+def make_optimizers(model, optimizer, learning_rate, weight_decay, betas=(0.9, 0.95)):
     """Muon is made for the matrices inside the blocks; embedding, head and norms take AdamW, the norms
     without weight decay. With optimizer='adamw' that has all. Only what requires a gradient is trained.
 
@@ -367,7 +419,7 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay):
         groups[kind].setdefault((decay, scale), []).append(p)
     adamw, muon = ([dict(params=params, weight_decay=decay, scale=scale)
                     for (decay, scale), params in own.items()] for own in groups.values())
-    optimizers = [torch.optim.AdamW(adamw, lr=learning_rate, betas=(0.9, 0.95), fused=True)] if adamw else []
+    optimizers = [torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, fused=True)] if adamw else []
     return optimizers + ([Muon(muon, learning_rate, weight_decay)] if muon else [])
 
 
@@ -465,18 +517,21 @@ def mean_loss(model, run, rows, make_batch, batch_size):
 EXPERTS = ('num_experts num_experts_per_tok n_shared_experts moe_intermediate_size norm_topk_prob '
            'router_aux_loss_coef seq_aux')
 ONLY = {        # settings that apply only under a condition, see configure
-    'init_from=scratch': 'model tokenizer n_layer n_head n_kv_head n_embd intermediate_size qk_norm qkv_bias '
-                         f'positions init_std tie_word_embeddings use_moe {EXPERTS}',
+    'init_from=scratch': 'model tokenizer context n_layer n_head n_kv_head n_embd intermediate_size qk_norm '
+                         f'bias qkv_bias positions init_std tie_word_embeddings use_moe {EXPERTS}',
     'model=minimind': 'n_kv_head intermediate_size qk_norm use_moe',
-    'model=gpt2': 'qkv_bias positions init_std',
+    'model=gpt2': 'bias qkv_bias positions init_std',
     'use_moe=True': EXPERTS}
 
 
 def new_model(config, vocab_size):
     """The model of the settings, with random weights. Its sizes have the settings' names, or these."""
-    names = dict(n_positions='block_size', initializer_range='init_std', hidden_size='n_embd',
+    config = {**config, 'context': config.get('context') or config['block_size']}
+    if config['context'] < config['block_size']:
+        fail(f"--context={config['context']} is less than --block_size={config['block_size']}")
+    names = dict(n_positions='context', initializer_range='init_std', hidden_size='n_embd',
                  num_hidden_layers='n_layer', num_attention_heads='n_head', num_key_value_heads='n_kv_head',
-                 max_position_embeddings='block_size')
+                 max_position_embeddings='context', trained_length='block_size')
     model_class, config_class = MODELS[config['model']]
     try:
         sizes = config_class(vocab_size=vocab_size, **{
@@ -514,9 +569,9 @@ if __name__ == '__main__':
         model = new_model(config, tokenizer.vocab_size).to(run.device)
     # as much of the training text, for a loss to set beside the held-out one: dropout off in both
     seen = train._replace(tokens=train.tokens[:len(val.tokens)], mask=train.mask[:len(val.tokens)])
-    optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
-    training = Training(run, config, model, optimizers, tokenizer, checkpoint)
-    training.announce(f"{len(train.tokens):,} training tokens", len(train.tokens) / block_size)
+    epoch = len(window_starts(len(train.tokens), block_size, seed, 0, stride))
+    what = f"{len(train.tokens):,} training tokens"
+    training = Training(run, config, model, tokenizer, epoch, what, checkpoint)
     prompt_ids = [tokenizer.bos, *tokenizer.encode(prompt)][-model.config.context // 2:]
 
     model.train()

@@ -17,6 +17,7 @@ Decoding picks from it: the likeliest token each time (greedy, temperature=0), o
     min_p               only tokens min_p times as likely as the likeliest remain (Nguyen et al. 2024)
 """
 import difflib
+import functools
 import importlib.util
 import os
 import sys
@@ -27,7 +28,7 @@ from dataclasses import replace
 import torch
 
 from configurator import (at_least, between, build_model, check_weights, configure, draw, fail, fingerprint,
-                          load_checkpoint, one_of, read_json, refuse_model, start_run)
+                          load_checkpoint, one_of, read_json, refuse_model, start_run, tell)
 from model_gpt2 import GPT2, OFFICIAL, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from train_tokenizer import encode_chat, load_tokenizer
@@ -177,6 +178,19 @@ def generate(model, tokens, max_new_tokens, stop=(), generator=None, padding=Non
         seen = torch.cat([seen, tokens], dim=1)                             # (B, S) -> (B, S + 1)
 
 
+def known_length(config):
+    """Tokens of the longest texts that a model was trained to read, or that YaRN makes look like them."""
+    scaling = getattr(config, 'rope_scaling', None)
+    stretched = scaling['factor'] * scaling['original_max_position_embeddings'] if scaling else 0
+    return max(config.trained_length, int(stretched)) or config.context
+
+
+@functools.cache
+def warn(line):
+    """A line on stderr, once."""
+    print(f"\n{line}", file=sys.stderr)
+
+
 class Stream:
     """The text of one row while its tokens come: whole characters only, and nothing from a stop text on.
 
@@ -184,9 +198,11 @@ class Stream:
     beginning of a stop text is held back until it is certain.
     """
 
-    def __init__(self, tokenizer, prompt, stop=()):
-        """prompt: the ids before the first new token. stop: the texts at which this one ends."""
-        self.tokenizer, self.prompt, self.stop = tokenizer, list(prompt), [s for s in stop if s]
+    def __init__(self, tokenizer, prompt, stop=(), known=float('inf')):
+        """prompt: the ids before the first new token. stop: the texts at which this one ends. known: tokens
+        from which on the text is longer than the model has learned to read."""
+        self.tokenizer, self.prompt, self.known = tokenizer, list(prompt), known
+        self.stop = [s for s in stop if s]
         self.new, self.text, self.shown, self.ended = [], '', 0, False
 
     def add(self, token):
@@ -196,6 +212,8 @@ class Stream:
         if token in self.tokenizer.ends:
             return self.finish()
         self.new.append(token)
+        if len(self.prompt) + len(self.new) > self.known:
+            warn(f"(from here on the text is longer than the {self.known:,} tokens the model is trained on)")
         before = len(self.tokenizer.decode(self.prompt))
         self.text = self.tokenizer.decode(self.prompt + self.new)[before:]
         found = [self.text.find(s) for s in self.stop if s in self.text]
@@ -236,10 +254,11 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch_size=16, temperatur
 
 # ---- the model and the prompt ----
 
-def load_run(source, device='cpu', dropout=0.0, block_size=1):
+def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0):
     """(model, tokenizer, checkpoint) of a run's folder; of a Hugging Face folder or an official name ('gpt2',
     ...), which have no checkpoint. In evaluation mode; dropout is for when it is trained. One line if there
-    is no such model, or its context is shorter than block_size."""
+    is no such model. A MiniMind with a context shorter than block_size gets a longer one, as RoPE has no
+    parameters; yarn_factor: see extend_context."""
     checkpoint, path = None, os.path.join(source, 'config.json')
     try:
         if source in OFFICIAL:
@@ -262,6 +281,12 @@ def load_run(source, device='cpu', dropout=0.0, block_size=1):
                 add_adapters(model, checkpoint)
             else:
                 model = model_of(checkpoint, source)
+        if model.config.model_type == 'minimind':
+            if block_size > model.config.context:
+                tell(f"the context of {source} grows from {model.config.context} to block_size={block_size}")
+            model.extend_context(yarn_factor, block_size)
+        elif yarn_factor > 1:
+            fail("--yarn_factor slows down RoPE, which GPT-2 does not have")
         config = replace(model.config, dropout=dropout)
         model = build_model(type(model), config, model.state_dict(), source)        # the same weights
     except (OSError, ValueError, ImportError) as e:     # what from_pretrained and build_model raise
@@ -293,7 +318,7 @@ def load_base(folder, checkpoint):
     if fingerprint(model.state_dict()) != checkpoint['base_fingerprint']:
         fail(f"{folder} holds adapters for another base than {path}: its weights are not those they were "
              f"trained on")
-    return model, path
+    return model_of(dict(checkpoint, model=model.state_dict()), folder), path   # its context may be longer
 
 
 @torch.no_grad()
@@ -312,8 +337,10 @@ def add_adapters(model, checkpoint):
 
 def load_start(run, config):
     """What load_run finds in init_from, where a stage starts, or to resume in out_dir."""
-    source = config['out_dir'] if config['init_from'] == 'resume' else config['init_from']
-    return load_run(source, run.device, config.get('dropout', 0.0), config['block_size'])
+    how = run.device, config.get('dropout', 0.0), config['block_size']
+    if config['init_from'] == 'resume':
+        return load_run(config['out_dir'], *how)
+    return load_run(config['init_from'], *how, config.get('yarn_factor', 1.0))
 
 
 @contextmanager
@@ -395,7 +422,7 @@ def converse(model, tokenizer, system, thinking, max_new_tokens, generator=None,
             continue
         if len(messages) < before:
             print(f"(the context is full: {before - len(messages)} turns are forgotten)", file=sys.stderr)
-        stream = Stream(tokenizer, ids)
+        stream = Stream(tokenizer, ids, known=known_length(model.config))
         for new in generate(model, torch.tensor([ids], device=device), max_new_tokens, tokenizer.ends,
                             generator, vocab_size=tokenizer.vocab_size, **how):
             print(stream.add(new.item()), end='', flush=True)
@@ -446,20 +473,12 @@ if __name__ == '__main__':
         '!export_dir': 'chat start lines num_samples stop show_probs plot',
         '!chat': 'start lines num_samples stop show_probs plot on_full use_cache'},
         num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0), top_p=between(0, 1),
-        min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'),
-        yarn_factor=at_least(1))
+        min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'))
     if export_dir:
         refuse_model(export_dir, 'export_dir')
     run = start_run(device, dtype, seed)
     source = init_from or out_dir
-    model, tokenizer, _ = load_run(source, run.device)
-    if yarn_factor > 1:
-        if model.config.model_type != 'minimind':
-            fail("--yarn_factor slows down RoPE, which GPT-2 does not have")
-        try:
-            model.extend_context(yarn_factor)
-        except ValueError as e:
-            fail(f"--yarn_factor: {source}: {e}")
+    model, tokenizer, _ = load_run(source, run.device, yarn_factor=yarn_factor)
     if export_dir:
         export(model, tokenizer, export_dir)
         print(f"wrote {export_dir}, which AutoModelForCausalLM.from_pretrained of transformers loads")
@@ -495,7 +514,8 @@ if __name__ == '__main__':
     watch = (lambda *step: print_candidates(tokenizer, *step, **how)) if show_probs else None
     live = len(prompts) == 1 and not show_probs         # one text can be shown while it grows
     for i in range(num_samples):
-        began, streams = time.time(), [Stream(tokenizer, ids[1:], stop.split('|')) for ids in prompts]
+        began = time.time()
+        streams = [Stream(tokenizer, ids[1:], stop.split('|'), known_length(model.config)) for ids in prompts]
         if live:
             print('-' * 40 + '\n' if i else '', texts[0], sep='', end='', flush=True)
         steps = 0

@@ -9,7 +9,7 @@ special tokens of ChatML, GPT-2's has not and takes the Alpaca layout; prepare.p
 
     python sft.py                                   # after pretrain.py: on pydoc_sft, in minutes -> out/sft
     python sft.py --debug_mask                      # which tokens are targets, in the first conversation
-    python sft.py --init_from=gpt2 --dataset=data/gpt2/instruction --optimizer=adamw --learning_rate=5e-5
+    python sft.py --init_from=gpt2 --dataset=data/gpt2/instruction
     python sample.py --out_dir=out/sft --chat
 
 Conversations are short and of every length, so a row for each is mostly padding. --layout says what to do:
@@ -31,13 +31,14 @@ import torch
 
 from configurator import configure, fail, start_run
 from prepare import data_folder, open_data, print_mask
-from pretrain import Training, make_optimizers, mean_loss
+from pretrain import Training, mean_loss
 from sample import answers, load_start
 
 # the run
 out_dir = 'out/sft'             # where checkpoint, tokenizer, metrics, picture and report go
 init_from = 'out/pretrain'      # 'resume' (go on in out_dir), a run's or Hugging Face folder, or 'gpt2', ...
 max_iters = 200                 # optimizer steps
+epochs = 0.0                    # passes over the data instead of max_iters; 0 takes max_iters
 eval_interval = 50              # save, measure the held-out loss and print an answer every so many steps
 always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 50                 # batches of held-out conversations to measure on, at most
@@ -54,6 +55,7 @@ gradient_accumulation_steps = 1 # micro-batches in a step, over all ranks togeth
 block_size = 256                # tokens in a row; what is longer is cut
 debug_mask = False              # print the first conversation, token by token with its mask, and stop
 # the model: it keeps its shape
+yarn_factor = 1.0               # minimind: read texts so many times longer than before, by YaRN
 dropout = 0.0                   # share of activations dropped while training
 # the optimizer
 optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
@@ -256,9 +258,7 @@ if __name__ == '__main__':
         print_mask(tokenizer, train.tokens[:train.offsets[1]], train.mask[:train.offsets[1]])
         sys.exit()
     rows, val_rows, val_docs, what = open_rows(run, config, train, val)
-    optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
-    training = Training(run, config, model, optimizers, tokenizer, checkpoint)
-    training.announce(what, len(rows.rows))
+    training = Training(run, config, model, tokenizer, len(rows.rows), what, checkpoint)
     prompt, _ = last_answers(val, val_docs[:1])[0]
 
     model.train()

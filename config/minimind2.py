@@ -14,6 +14,7 @@ n_kv_head = 2
 n_embd = 768
 qk_norm = False
 block_size = 512
+context = 32768
 
 batch_size = 32
 gradient_accumulation_steps = 8

@@ -15,6 +15,7 @@ n_kv_head = 2
 n_embd = 640
 qk_norm = False
 block_size = 512
+context = 32768
 use_moe = True
 num_experts = 4
 num_experts_per_tok = 2

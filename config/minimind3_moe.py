@@ -15,6 +15,7 @@ n_embd = 768
 intermediate_size = 2432        # pi x 768, up to a multiple of 64
 qk_norm = True
 block_size = 768
+context = 32768
 use_moe = True
 num_experts = 4
 num_experts_per_tok = 1

@@ -36,7 +36,7 @@ import finetune_cls
 import lora
 import pretrain
 import sft
-from configurator import Run, configure, fingerprint, save_checkpoint
+from configurator import IDLE, LOOP, NAMES, Run, configure, fingerprint, save_checkpoint
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import Piece, open_data, write_data
@@ -322,7 +322,8 @@ def read_settings(rng, good, here):
             if key.islower() and key[0] != '_' and type(value) in (bool, int, float, str)]
 
     def setting():
-        return f'{rng.choice([*keys, "odd", "", "lr"])}={rng.choice(TEXTS)}'
+        names = [*keys, *LOOP, *NAMES, *IDLE, 'from_resume', 'odd', '', 'lr']
+        return f'{rng.choice(names)}={rng.choice(TEXTS)}'
 
     args = [f'--{setting()}' for _ in range(rng.choice([1, 1, 2]))]
     if rng.random() < 0.5:
@@ -335,7 +336,8 @@ def read_settings(rng, good, here):
         config = configure(settings)
     finally:
         sys.argv = before
-    assert all(type(config[key]) is type(vars(pretrain)[key]) for key in config)
+    defaults = {**vars(pretrain), **{key: default for key, (default, _) in LOOP.items()}}
+    assert all(type(config[key]) is type(defaults[key]) for key in config)
     json.dumps(config, ensure_ascii=False).encode()
 
 

@@ -83,7 +83,7 @@ def test_later_wins_and_config_files_count_from_the_repository_too(stage, tmp_pa
     (['--steps'], ['steps needs a value']),
     (['--rate=nan'], ['rate takes a number']),
     (['--rate=2'], ['rate must lie between 0 and 1']),
-    (['--fast=1'], ['fast takes True or False']),
+    (['--fast=2'], ['fast takes True or False']),
     (['--name=fanci'], ["name must be one of 'plain', 'fancy'", "did you mean 'fancy'"]),
     (['nowhere.py'], ['nowhere.py: no such config file']),
     (['typo.py'], ['typo.py:2:', "unknown setting 'raet'", "did you mean 'rate'"]),

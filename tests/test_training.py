@@ -19,7 +19,7 @@ import sft
 from configurator import CHECKPOINTS, Run, fail, last_words, load_checkpoint, save_checkpoint, start_run
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import Piece, Split, write_data
-from pretrain import Training, learning_rate_at, make_optimizers
+from pretrain import Training, learning_rate_at
 
 TINY = ['--n_layer=1', '--n_head=2', '--n_kv_head=1', '--n_embd=32', '--block_size=32', '--batch_size=4',
         '--dtype=float32', '--device=cpu', '--log_interval=1', '--eval_iters=2', '--prompt=The keeper',
@@ -109,7 +109,8 @@ def test_a_held_out_loss_that_is_not_finite_is_not_saved(tmp_path):
 
 CONFIG = dict(init_from='scratch', max_iters=5, eval_interval=1, log_interval=1, batch_size=2, compile=False,
               gradient_accumulation_steps=1, learning_rate=1e-2, min_lr=-1.0, warmup_iters=0, grad_clip=1.0,
-              wandb_log=False)
+              wandb_log=False, epochs=0.0, block_size=8, optimizer='muon', weight_decay=0.1,
+              **{key: default for key, (default, _) in configurator.LOOP.items()})
 
 
 class Words:
@@ -120,12 +121,11 @@ class Words:
         pass
 
 
-def make_training(run, config):
+def make_training(run, config, checkpoint=None):
     torch.manual_seed(0)
     sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = MiniMind(MiniMindConfig(**sizes))
-    optimizers = make_optimizers(model, 'muon', 1e-2, 0.1)
-    return Training(run, config, model.to(run.device), optimizers, Words())
+    return Training(run, config, model.to(run.device), Words(), 10, 'ten rows', checkpoint)
 
 
 def test_in_float16_all_optimizers_skip_a_step_together(tmp_path):
