@@ -91,6 +91,7 @@ RULES.update(dict.fromkeys(('beta1', 'beta2'), lambda beta: '' if 0 <= beta < 1 
 
 # Settings of the loop that each stage has and few runs need: (default, what it is). The names are nanoGPT's.
 LOOP = dict(
+    weights_config=('', "of a .pth to start from, what it cannot say: 'tokenizer=FOLDER,rope_theta=1e4'"),
     eval_only=(False, "measure the held-out loss where the run starts, write nothing, and stop"),
     decay_lr=(True, "False: the rate stays at learning_rate, without warmup"),
     lr_decay_iters=(0, "step at which the cosine has come down to min_lr; 0 is the last one"),
@@ -179,6 +180,10 @@ def configure(settings, only=None, **rules):
         resume_settings(settings, keys, rules, given, places)
     else:
         check_apply(settings, places, only or {})
+        if settings.get('weights_config') and not any(
+                bare_weights(settings.get(key, '')) for key in ('init_from', 'teacher')):
+            fail(f"{places['weights_config']}: weights_config is for a .pth file, or nanoGPT's ckpt.pt, as "
+                 f"--init_from; all else says what it is")
     if settings.get('decay_lr') and settings['min_lr'] > settings['learning_rate']:
         fail(f"min_lr={settings['min_lr']} is above learning_rate={settings['learning_rate']}: the rate "
              f"would climb; give a lower one, or --min_lr=-1 for a tenth of the rate")
@@ -227,7 +232,7 @@ def nanogpt_defaults(path, found, keys):
 def gentle_rates(settings, keys, given):
     """{name: value}: optimizer and learning_rate, where not given, for a start that GENTLE is meant for."""
     start, why = settings['init_from'], ''
-    if any(os.path.isfile(os.path.join(start, name)) for name in CHECKPOINTS):
+    if not bare_weights(start) and any(os.path.isfile(os.path.join(start, name)) for name in CHECKPOINTS):
         rate = load_checkpoint(start)['settings'].get('learning_rate')
         why = f"learned at {rate}" if type(rate) is float and rate <= max(GENTLE.values()) else ''
     elif start not in ('scratch', 'resume') and (os.path.exists(start) or os.sep not in start):
@@ -325,12 +330,13 @@ def anchored(value):
 
 
 def in_full(key, value):
-    """The path of a folder that a run reads, made absolute, as the run may be resumed from another current
-    folder. A bare name is a path if a model is there; of a data set it is one in data/."""
+    """The path of a folder or file that a run reads, made absolute, as the run may be resumed from another
+    current folder. A bare name is a path if a model is there; of a data set it is one in data/."""
     if key not in ('dataset', 'init_from', 'teacher', 'tokenizer'):
         return value
-    is_path = os.path.basename(value) != value or key != 'dataset' and any(
-        os.path.isfile(os.path.join(value, name)) for name in ('ckpt.pt', 'config.json', 'tokenizer.json'))
+    is_path = os.path.basename(value) != value or key != 'dataset' and any(map(os.path.isfile, (
+        value if '.' in value else '', *(os.path.join(value, name) for name in (
+            'ckpt.pt', 'config.json', 'tokenizer.json')))))
     return os.path.abspath(value) if is_path else value
 
 
@@ -569,7 +575,10 @@ def load_checkpoint(out_dir):
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
-            state = {} if damaged else torch.load(path, map_location='cpu', weights_only=True)
+            mmap = os.name != 'nt'                      # Windows replaces no file that is mapped into memory
+            state = {} if damaged else torch.load(path, 'cpu', weights_only=True, mmap=mmap)
+            if 'model_args' in state:
+                fail(f"{path} is nanoGPT's: start from it, with --init_from={out_dir} and another --out_dir")
             wrong = [k for k in KINDS if k in {*ALWAYS, *state} and not fits(state.get(k), KINDS[k])]
             if not wrong:
                 if broken:
@@ -631,9 +640,36 @@ def check_weights(state, source):
             raise ValueError(f"{source}: {name} holds NaN or infinity")
 
 
+def read_file(file):
+    """What one .pth, .pt, .bin or .safetensors file holds, a dict, mapped into memory rather than read.
+    Raises ImportError or ValueError with one line."""
+    try:
+        if file.endswith('.safetensors'):
+            from safetensors.torch import load_file
+            return load_file(file)
+        mmap = zipfile.is_zipfile(file)                 # before torch 1.6 it was none
+        return dict(torch.load(file, 'cpu', weights_only=True, mmap=mmap))
+    except ImportError:
+        raise ImportError(f"{file} needs a package: pip install safetensors") from None
+    except Exception as e:                              # each library has kinds of its own for a broken file
+        raise ValueError(f"{file} holds no weights ({type(e).__name__}: {str(e)[:80]!r})") from None
+
+
+def bare_weights(source):
+    """The path of a file of weights that comes without what describes them: itself (MiniMind's .pth), or
+    nanoGPT's ckpt.pt in a folder. None if source is something else."""
+    if os.path.isfile(source):
+        return source
+    path = os.path.join(source, 'ckpt.pt')
+    try:
+        return path if os.path.isfile(path) and 'model_args' in read_file(path) else None
+    except ValueError:                                  # damaged: load_checkpoint has words for that
+        return None
+
+
 def read_weights(source):
-    """{name: tensor} of one .pth, .bin or .safetensors file, or of all weight files in a Hugging Face folder,
-    mapped into memory rather than read. Raises OSError, ImportError or ValueError with one line."""
+    """{name: tensor} of one file (of a checkpoint of nanoGPT's or MiniMind's, the model), or of all weight
+    files in a Hugging Face folder. Raises OSError, ImportError or ValueError with one line."""
     names = sorted(os.listdir(source)) if os.path.isdir(source) else []
     names = fnmatch.filter(names, 'model*.safetensors') or fnmatch.filter(names, 'pytorch_model*.bin')
     files = [source] if os.path.isfile(source) else [os.path.join(source, name) for name in names]
@@ -641,22 +677,18 @@ def read_weights(source):
         raise FileNotFoundError(f"{source} holds neither model.safetensors nor pytorch_model.bin")
     weights = {}
     for file in map(os.fspath, files):
-        try:
-            if file.endswith('.safetensors'):
-                from safetensors.torch import load_file
-                found = load_file(file)
-            else:                                       # before torch 1.6 it was no zip file
-                found = dict(torch.load(file, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(file)))
-        except ImportError:
-            raise ImportError(f"{file} needs a package: pip install safetensors") from None
-        except Exception as e:                          # each library has kinds of its own for a broken file
-            raise ValueError(f"{file} holds no weights ({type(e).__name__}: {str(e)[:80]!r})") from None
+        found = read_file(file)
+        if isinstance(found.get('model'), dict):
+            if 'model_config' in found:
+                raise ValueError(f"{file} belongs to a run: name its folder, {os.path.dirname(file) or '.'}")
+            found = found['model']
         if twice := weights.keys() & found.keys():
             raise ValueError(f"{file} and another file beside it both hold {min(twice)}: take one away")
         weights.update(found)
     if others := [name for name, value in weights.items() if type(name) is not str or not is_dense(value)]:
         raise ValueError(f"{source} holds more than weights: {others[0]!r}, for one")
-    return weights
+    # torch.compile and DistributedDataParallel put their prefix before all names
+    return {re.sub(r'^(_orig_mod\.|module\.)+', '', name): value for name, value in weights.items()}
 
 
 def write_weights(folder, state):

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from configurator import at_least, between, configure, fail, start_run
 from prepare import data_folder, open_data
 from pretrain import Training, check_shape, new_model
-from sample import answers, load_run, load_start
+from sample import answers, load_run, load_start, parse_given
 from sft import held_out_loss, last_answers, open_rows, spread, write_report
 from train_tokenizer import load_tokenizer
 
@@ -174,7 +174,8 @@ def load_models(run, config):
     else:
         check_shape({**config, **STUDENT})
     if name:
-        teacher, its_tokenizer, _ = load_run(name, run.device, block_size=config['block_size'])
+        teacher, its_tokenizer, _ = load_run(name, run.device, block_size=config['block_size'],
+                                             given=parse_given(config['weights_config']))
         teacher.requires_grad_(False)
         tokenizer = tokenizer or its_tokenizer
         if its_tokenizer.fingerprint != tokenizer.fingerprint:

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from configurator import above, configure, fail, fingerprint, load_checkpoint, replacing, start_run
 from prepare import Progress, data_folder, open_data, read_split
 from pretrain import Training, read_rows, to_device
-from sample import evaluating, load_run, model_of
+from sample import evaluating, given_by, load_run, model_of, parse_given
 
 # the run
 out_dir = 'out/dpo'             # where checkpoint, tokenizer, metrics and picture go
@@ -214,7 +214,9 @@ if __name__ == '__main__':
     run = start_run(device, dtype, seed)
     checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else None
     source = checkpoint['reference'] if checkpoint else init_from
-    model, tokenizer, _ = load_run(source, run.device, block_size=block_size)       # as it is, the reference
+    given = given_by(checkpoint, out_dir) if checkpoint else parse_given(config['weights_config'])
+    # as it is, the reference
+    model, tokenizer, _ = load_run(source, run.device, block_size=block_size, given=given)
     weights = fingerprint(model.state_dict())
     if checkpoint and checkpoint['reference_fingerprint'] != weights:
         fail(f"{source} is no longer the reference that {out_dir} was trained against: its weights changed")

@@ -262,7 +262,7 @@ def load_plain(run, config):
     if checkpoint and 'adapters' in checkpoint:
         fail(f"{source} holds adapters itself: merge them first, with --out_dir={source} --merge_to=FOLDER")
     base = source
-    if os.path.isdir(source):
+    if os.path.exists(source):
         try:
             base = os.path.relpath(source, config['out_dir'])       # so that both may move together
         except ValueError:                                          # on another drive there is no such path

@@ -21,15 +21,16 @@ import importlib.util
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import build_model, check_sizes, read_json, read_weights, write_weights
+from configurator import build_model, check_sizes, read_file, read_json, read_weights, write_weights
 
 OFFICIAL = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')         # 124M, 355M, 774M, 1.6B parameters
+GELU = dict(gelu_new='tanh', gelu_pytorch_tanh='tanh', gelu='none')     # transformers' names, PyTorch's
 
 
 @dataclass
@@ -46,14 +47,19 @@ class GPT2Config:
     dropout: float = 0.0                   # on embeddings, attention weights, and what each part adds
     bias: bool = True                      # False: no biases anywhere, in LayerNorm neither
     qkv_bias: bool = True                  # False: query, key and value are purely linear, as in the chapters
+    activation_function: str = 'gelu_new'  # GELU in OpenAI's approximation, or exact: 'gelu' (nanoGPT)
     tie_word_embeddings: bool = True       # False: the output head has its own weights, as in the chapters
     positions: str = 'learned'             # or 'sinusoidal'
-    model_type = 'gpt2'                                        # these three are no fields
+    unseen = ('activation_function',)                          # by nanoGPT's ckpt.pt; these 4 are no fields
+    model_type = 'gpt2'
     use_moe = False                                            # GPT-2 has no experts
     context = property(lambda self: self.n_positions)          # the longest sequence it can read, in tokens
 
     def __post_init__(self):
         check_sizes(self, n_layer=1000, dropout=1)
+        self.qkv_bias = self.qkv_bias and self.bias
+        if self.activation_function not in GELU:
+            raise ValueError(f"GPT-2 has no activation_function={self.activation_function!r}: {[*GELU]}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.positions not in ('learned', 'sinusoidal'):
@@ -136,7 +142,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias and config.qkv_bias)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, allowed=None, cache=None):
@@ -159,9 +165,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.approximate = GELU[config.activation_function]
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
@@ -276,12 +283,19 @@ class GPT2(nn.Module):
         return KVCache(self.config, batch_size, max_tokens, like=self.lm_head.weight)
 
     @classmethod
-    def from_pretrained(cls, source):
-        """The model of a Hugging Face folder, or one of OFFICIAL, which are downloaded once: on the CPU,
-        float32, in evaluation mode. Raises OSError, ImportError or ValueError with one line."""
+    def from_pretrained(cls, source, **changes):
+        """The model of a Hugging Face folder, of a ckpt.pt of nanoGPT's, or one of OFFICIAL, which are
+        downloaded once: on the CPU, float32, in evaluation mode. changes: of its config. Raises OSError,
+        ImportError or ValueError with one line."""
         folder = download_official(source) if source in OFFICIAL else source
-        config = config_from_hf(read_json(os.path.join(folder, 'config.json')), folder)
-        return build_model(cls, config, weights_from_hf(read_weights(folder), config), folder)
+        state = read_weights(folder)
+        if os.path.isfile(folder):
+            config = config_from_nanogpt(read_file(folder).get('model_args'), state, folder)
+            state = {name: value for name, value in state.items() if not name.endswith(MASKS)}
+        else:
+            config = config_from_hf(read_json(os.path.join(folder, 'config.json')), folder)
+            state = weights_from_hf(state, config)
+        return build_model(cls, replace(config, **changes), state, folder)
 
     def save_pretrained(self, folder, **extra):
         """Write a folder that GPT2LMHeadModel of transformers loads: weights, config.json and
@@ -297,11 +311,12 @@ class GPT2(nn.Module):
 
 # ---- formats of the weights ----
 
-FIXED_KEYS = dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], activation_function='gelu_new')
+FIXED_KEYS = dict(model_type='gpt2', architectures=['GPT2LMHeadModel'])
 # config.json: what these may be, the first if they are missing; this model does nothing else
-REQUIRED = dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), scale_attn_weights=(True,),
-                scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,))
+REQUIRED = dict(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
+                add_cross_attention=(False,))
 TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')      # (in, out) in files, here (out, in)
+MASKS = ('.attn.bias', '.attn.masked_bias')                         # causal masks in older files
 
 
 def config_from_hf(config, folder):
@@ -316,12 +331,24 @@ def config_from_hf(config, folder):
     return own
 
 
+def config_from_nanogpt(sizes, state, file):
+    """The GPT2Config of the model_args and weights of nanoGPT's ckpt.pt, which has our names and layout."""
+    try:
+        return GPT2Config(
+            **{key: sizes[key] for key in ('vocab_size', 'n_embd', 'n_layer', 'n_head')},
+            n_positions=sizes['block_size'], bias='transformer.ln_f.bias' in state,
+            activation_function='gelu')                 # since May 2023
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{file}: its model_args describe no GPT-2 ({type(e).__name__}: {e})") from None
+
+
 def weights_from_hf(state, config):
     """{name: tensor} as this model has them, from a file's."""
-    # OpenAI's files also hold the causal mask; without qkv_bias, zeros stand in for the bias
-    unused = ('.attn.bias', '.attn.masked_bias', *(() if config.qkv_bias else ('.c_attn.bias',)))
+    # OpenAI's files also hold the causal mask; zeros stand in for a bias that the model has not
+    zeros = ('.c_attn.bias',) * (not config.qkv_bias) + ('.bias',) * (not config.bias)
     named = {name if name.startswith(('transformer.', 'lm_head.')) else f'transformer.{name}': value
-             for name, value in state.items() if not name.endswith(unused)}
+             for name, value in state.items() if not name.endswith(MASKS)
+             and not (name.endswith(zeros) and not value.any())}
     return {name: value.T if name.endswith(TRANSPOSED) and value.dim() == 2 else value
             for name, value in named.items()}
 
@@ -330,9 +357,9 @@ def weights_to_hf(state, config):
     """The reverse of weights_from_hf. A tied head is left out: transformers takes it from wte."""
     theirs = {name: value.T if name.endswith(TRANSPOSED) else value for name, value in state.items()
               if not (name == 'lm_head.weight' and config.tie_word_embeddings)}
-    if not config.qkv_bias:                             # transformers always has them: zeros are the same
-        theirs.update({f'transformer.h.{layer}.attn.c_attn.bias': torch.zeros(3 * config.n_embd)
-                       for layer in range(config.n_layer)})
+    for name, value in state.items():                   # transformers always has biases: zeros are the same
+        if '.ln_' in name or '.c_' in name:
+            theirs.setdefault(f"{name.rpartition('.')[0]}.bias", torch.zeros(len(value)))
     return theirs
 
 

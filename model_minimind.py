@@ -46,7 +46,8 @@ class MiniMindConfig:
     qk_norm: bool = False                  # RMSNorm on each head's query and key (MiniMind-3, Qwen3)
     tie_word_embeddings: bool = True
     dropout: float = 0.0
-    rope_scaling: dict | None = None       # YaRN, as `extend_context` writes it; it holds the trained length
+    attention_bias: bool = False           # biases on query, key and value (Qwen2)
+    rope_scaling: dict | None = None       # YaRN, as `extend_context` writes it, or Llama 3's; see rope_table
     # mixture of experts (chapter II-6); all that follows is ignored without use_moe
     use_moe: bool = False
     num_experts: int = 4                   # E, routed experts per layer
@@ -56,7 +57,10 @@ class MiniMindConfig:
     norm_topk_prob: bool = True            # weights of a token's experts sum to 1
     router_aux_loss_coef: float = 0.01     # weight of the load-balancing loss; 0 is none
     seq_aux: bool = True                   # balance within each row, not over the batch as a whole
-    model_type = 'minimind'                                            # these two are no fields
+    # what neither names nor shapes of weights show; these three are no fields
+    unseen = ('num_attention_heads', 'rope_theta', 'rms_norm_eps', 'max_position_embeddings',
+              'num_experts_per_tok', 'norm_topk_prob', 'router_aux_loss_coef', 'seq_aux')
+    model_type = 'minimind'
     context = property(lambda self: self.max_position_embeddings)      # the longest sequence it can read
 
     def __post_init__(self):
@@ -76,11 +80,17 @@ class MiniMindConfig:
         if self.context * self.head_dim > 1 << 27 or self.rope_theta <= 1:
             raise ValueError(f"RoPE's table: rope_theta {self.rope_theta} must be above 1, and positions x "
                              f"head_dim {self.context} x {self.head_dim} at most {1 << 27}, which is 1 GB")
-        optional = dict(beta_fast=32, beta_slow=1, attention_factor=1)
-        for key in ('factor', 'original_max_position_embeddings', *optional) if self.rope_scaling else ():
-            value = self.rope_scaling.get(key) or optional.get(key)
+        scaling = self.rope_scaling or {}
+        llama3 = scaling.get('rope_type') == 'llama3'
+        keys = dict(factor=None, original_max_position_embeddings=None, **(             # and their defaults
+            dict(low_freq_factor=None, high_freq_factor=None) if llama3 else
+            dict(beta_fast=32, beta_slow=1, attention_factor=1)))
+        for key, default in keys.items() if scaling else ():
+            value = scaling.get(key) or default
             if type(value) not in (int, float) or not 0 < value < 1e12:
                 raise ValueError(f"rope_scaling: {key} must be a number above 0, not {value!r}")
+        if llama3 and scaling['low_freq_factor'] >= scaling['high_freq_factor']:
+            raise ValueError("rope_scaling: low_freq_factor must be below high_freq_factor")
         if self.use_moe:
             check('hidden_size', 8, "grouped_mm's blocks of")
             check('moe_intermediate_size', 8, "grouped_mm's blocks of")
@@ -108,19 +118,26 @@ def rope_table(config):
     within the trained length know relative positions and keep their frequency. Those that turned fewer than
     beta_slow times never saw a full circle, and are slowed down by `factor`: so the longer context looks like
     the trained one. Between the two it is a ramp. As attention spreads over more tokens, cos and sin grow by
-    attention_factor, and the scores by its square."""
+    attention_factor, and the scores by its square.
+    Llama 3.1 does the same with another ramp, over the turns themselves (from low_freq_factor to
+    high_freq_factor of them) and not over the number of the pair; and nothing grows."""
     D, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     frequencies = theta ** (-torch.arange(0, D, 2).float() / D)                        # (D/2,)
     grow = 1.0
     if scaling:
-        def pair(turns):        # the pair that turns so often within the trained length
-            length = scaling['original_max_position_embeddings']
-            return D * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        low = max(math.floor(pair(scaling.get('beta_fast') or 32)), 0)
-        high = min(math.ceil(pair(scaling.get('beta_slow') or 1)), D - 1)
-        slow = ((torch.arange(D // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+        length = scaling['original_max_position_embeddings']
+        if scaling.get('rope_type') == 'llama3':
+            low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+            slow = (high - length * frequencies / (2 * math.pi)) / (high - low)
+        else:
+            def pair(turns):    # the pair that turns so often within the trained length
+                return D * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            low = max(math.floor(pair(scaling.get('beta_fast') or 32)), 0)
+            high = min(math.ceil(pair(scaling.get('beta_slow') or 1)), D - 1)
+            slow = (torch.arange(D // 2).float() - low) / max(high - low, 0.001)
+            grow = scaling.get('attention_factor') or 0.1 * math.log(max(scaling['factor'], 1)) + 1
+        slow = slow.clamp(0, 1)
         frequencies = frequencies * (1 - slow + slow / scaling['factor'])
-        grow = scaling.get('attention_factor') or 0.1 * math.log(max(scaling['factor'], 1)) + 1
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
     angles = torch.cat([angles, angles], dim=-1)                                       # (positions, D)
     return torch.stack([angles.cos(), angles.sin()]) * grow
@@ -182,9 +199,9 @@ class Attention(nn.Module):
         self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         norm = RMSNorm if config.qk_norm else nn.Identity
         self.q_norm = norm(self.head_dim, config.rms_norm_eps)
@@ -469,21 +486,27 @@ class MiniMind(nn.Module):
         return KVCache(self.config, batch_size, max_tokens, like=self.lm_head.weight)
 
     @classmethod
-    def from_pretrained(cls, source):
-        """The model of a Hugging Face folder (Llama, Qwen3, Qwen3-MoE, MiniMind) or of a .pth of MiniMind's:
-        on the CPU, float32, in evaluation mode. Raises OSError, ImportError or ValueError with one line."""
+    def from_pretrained(cls, source, **changes):
+        """The model of a Hugging Face folder (Llama, Qwen2, Qwen3, Qwen3-MoE, MiniMind) or of a .pth of
+        MiniMind's: on the CPU, float32, in evaluation mode. changes: of its config, whose fields in `unseen`
+        are guessed for a .pth. Raises OSError, ImportError or ValueError with one line."""
         try:
             state = weights_from_hf(read_weights(source))
-            if not os.path.isdir(source):
-                return build_model(cls, config_of_official(state), state, source)
-            hf = read_json(os.path.join(source, 'config.json'))
-            return build_model(cls, config_from_hf(hf, state, source), state, source)
+            if os.path.isdir(source):
+                config = config_from_hf(read_json(os.path.join(source, 'config.json')), state, source)
+            elif 'model.embed_tokens.weight' in state:
+                config = config_of_official(state, changes.get('num_attention_heads', 8))
+            else:
+                adapters = '.lora' in str([*state])
+                what = "adapters alone, for lora.py --from_peft" if adapters else "no MiniMind"
+                raise ValueError(f"{source} holds {what}, {min(state, default='nothing')!r} for one")
+            return build_model(cls, replace(config, **changes), state, source)
         except (KeyError, IndexError, TypeError, ZeroDivisionError, RuntimeError) as e:
             raise ValueError(f"{source} is no model that can be read ({type(e).__name__}: {e})") from None
 
     def save_pretrained(self, folder, **extra):
-        """Write a folder that transformers loads: as Llama without qk_norm, Qwen3 with it, Qwen3-MoE if there
-        are experts too; ValueError where none of the three computes the same. Weights, config.json and
+        """Write a folder that transformers loads: as Llama, Qwen2 with attention_bias, Qwen3 with qk_norm,
+        Qwen3-MoE if there are experts too; ValueError where none computes the same. Weights, config.json and
         generation_config.json, both with `extra`, the ids of special tokens, in them."""
         config = dict(config_to_hf(self.config), **extra)
         os.makedirs(folder, exist_ok=True)
@@ -499,12 +522,13 @@ class MiniMind(nn.Module):
 # ---- formats of the weights ----
 
 # config.json: model_type and its class in transformers; what keys must be where they are given; other names
-CLASSES = dict(llama='LlamaForCausalLM', qwen3='Qwen3ForCausalLM', qwen3_moe='Qwen3MoeForCausalLM')
+CLASSES = dict(llama='LlamaForCausalLM', qwen2='Qwen2ForCausalLM', qwen3='Qwen3ForCausalLM',
+               qwen3_moe='Qwen3MoeForCausalLM')
 REQUIRED = dict(hidden_act='silu', attention_bias=False, mlp_bias=False, use_sliding_window=False,
                 decoder_sparse_step=1, mlp_only_layers=[], scoring_func='softmax')
 SYNONYMS = dict(num_local_experts='num_experts', n_routed_experts='num_experts',
                 aux_loss_alpha='router_aux_loss_coef')
-OURS = ('dropout', 'qk_norm', 'use_moe', 'n_shared_experts')               # no keys of transformers
+OURS = ('dropout', 'qk_norm', 'use_moe', 'n_shared_experts', 'attention_bias')      # no keys of transformers
 EXPERT_KEYS = ('num_experts', 'num_experts_per_tok', 'moe_intermediate_size', 'norm_topk_prob',
                'router_aux_loss_coef', 'seq_aux')
 MINIMIND2 = dict(rms_norm_eps=1e-5, num_experts_per_tok=2, router_aux_loss_coef=0.01, seq_aux=True)
@@ -522,9 +546,10 @@ def weights_from_hf(state):
         elif name.endswith('.experts.0.gate_proj.weight'):
             layer = name.removesuffix('.0.gate_proj.weight')
             E = len([n for n in state if n.startswith(layer) and n.endswith('.gate_proj.weight')])
-            gate, up, down = (torch.stack([state.pop(f'{layer}.{e}.{part}_proj.weight') for e in range(E)])
-                              for part in ('gate', 'up', 'down'))          # (E, out, in)
-            state[f'{layer}.gate_up'], state[f'{layer}.down'] = torch.cat([gate, up], dim=1).mT, down.mT
+            gate, up, down = ([state.pop(f'{layer}.{e}.{part}_proj.weight') for e in range(E)]     # (out, in)
+                              for part in ('gate', 'up', 'down'))
+            state[f'{layer}.gate_up'] = torch.stack([torch.cat(pair).mT for pair in zip(gate, up)])
+            state[f'{layer}.down'] = torch.stack([matrix.mT for matrix in down])           # (E, in, out)
     return state
 
 
@@ -547,22 +572,28 @@ def config_from_hf(hf, state, source):
     for key, value in REQUIRED.items():
         if hf.get(key) not in (value, None):
             raise ValueError(f"{source}: config.json has {key}={hf[key]!r}, this model only {value!r}")
-    for key in ('rms_norm_eps', *(('num_experts_per_tok', 'norm_topk_prob') if kind == 'qwen3_moe' else ())):
-        if key not in hf:           # each library has another default, and a wrong one is not seen
-            raise ValueError(f"{source}: config.json has no {key}")
-    own = dict(num_key_value_heads=hf['num_attention_heads'],
+    own = dict(num_key_value_heads=hf['num_attention_heads'], rope_theta=10000.0,
                tie_word_embeddings='lm_head.weight' not in state)
+    third = any(name.endswith('q_norm.weight') for name in state)
+    if kind == 'minimind':          # its older versions left out what they took for granted
+        own.update(MINIMIND3 if third else MINIMIND2, rope_theta=MiniMindConfig.rope_theta,
+                   tie_word_embeddings=True)
     own.update({SYNONYMS.get(key, key): value for key, value in hf.items() if value is not None})
+    for key in ('rms_norm_eps', *(('num_experts_per_tok', 'norm_topk_prob') if kind == 'qwen3_moe' else ())):
+        if key not in own:          # each library has another default, and a wrong one is not seen
+            raise ValueError(f"{source}: config.json has no {key}")
     # transformers 5 has all of RoPE in one dictionary; before, theta stood apart
     rope = dict(hf.get('rope_scaling') or {}, **hf.get('rope_parameters') or {})
-    own['rope_theta'] = rope.pop('rope_theta', own.get('rope_theta', 10000.0))
+    own['rope_theta'] = rope.pop('rope_theta', own['rope_theta'])
     rope['rope_type'] = rope.pop('type', rope.get('rope_type', 'default'))
-    if rope['rope_type'] not in ('default', 'yarn') or rope.keys() & {'mscale', 'mscale_all_dim', 'truncate'}:
-        raise ValueError(f"{source}: config.json scales RoPE by {rope}, this model only by plain YaRN")
+    kinds, unknown = ('default', 'yarn', 'llama3'), {'mscale', 'mscale_all_dim', 'truncate'}
+    if rope['rope_type'] not in kinds or rope.keys() & unknown:
+        raise ValueError(f"{source}: config.json scales RoPE by {rope}, this model only by plain YaRN or "
+                         f"as Llama 3")
     if rope['rope_type'] == 'yarn':
         rope.setdefault('original_max_position_embeddings', hf['max_position_embeddings'])
-    own['rope_scaling'] = rope if rope['rope_type'] == 'yarn' else None
-    own['qk_norm'] = any(name.endswith('q_norm.weight') for name in state)
+    own['rope_scaling'] = None if rope['rope_type'] == 'default' else rope
+    own['qk_norm'], own['attention_bias'] = third, kind == 'qwen2'
     own['use_moe'] = kind == 'qwen3_moe' or own.get('use_moe', False)
     return MiniMindConfig(**{key: own[key] for key in MiniMindConfig.__dataclass_fields__ if key in own})
 
@@ -571,25 +602,35 @@ def config_to_hf(config):
     """The config.json of the transformers model that computes the same; ValueError if there is none."""
     if config.use_moe and (config.n_shared_experts or not config.qk_norm):
         raise ValueError("transformers has no mixture with shared experts or without qk_norm")
-    kind = 'qwen3_moe' if config.use_moe else 'qwen3' if config.qk_norm else 'llama'
+    if config.attention_bias and config.qk_norm:
+        raise ValueError("transformers has no model with both attention_bias and qk_norm")
+    kind = ('qwen3_moe' if config.use_moe else 'qwen3' if config.qk_norm else
+            'qwen2' if config.attention_bias else 'llama')
     unused = OURS if config.use_moe else OURS + EXPERT_KEYS
-    return dict({key: value for key, value in asdict(config).items() if key not in unused},
-                model_type=kind, architectures=[CLASSES[kind]], hidden_act='silu', attention_bias=False,
+    bias = {} if kind == 'qwen2' else dict(attention_bias=False)            # Qwen2 knows no other case
+    return dict({key: value for key, value in asdict(config).items() if key not in unused}, **bias,
+                model_type=kind, architectures=[CLASSES[kind]], hidden_act='silu',
                 attention_dropout=config.dropout, torch_dtype='float32')
 
 
-def config_of_official(state):
+def config_of_official(state, heads):
     """The MiniMindConfig behind a .pth of MiniMind's, which holds only weights: sizes from their shapes, what
-    no shape shows from the generation, MiniMind-3 if there are q_norm and k_norm, else MiniMind2."""
+    no shape shows from the generation, MiniMind-3 if there are q_norm and k_norm, else MiniMind2. heads: how
+    many of queries, where no q_norm shows their width."""
     shape = {name.removeprefix('model.layers.0.'): value.shape for name, value in state.items()}
     third, moe = 'self_attn.q_norm.weight' in shape, 'mlp.gate.weight' in shape
     V, C = shape['model.embed_tokens.weight']
-    head_dim = shape['self_attn.q_norm.weight'][0] if third else C // 8
+    width = shape['self_attn.q_proj.weight'][0]
+    if not third and (type(heads) is not int or heads < 1 or width % heads):
+        raise ValueError(f"num_attention_heads must be a whole number that divides {width}, not {heads!r}")
+    head_dim = shape['self_attn.q_norm.weight'][0] if third else width // heads
+    embeddings, head = state['model.embed_tokens.weight'], state.get('lm_head.weight')
     return MiniMindConfig(
         vocab_size=V, hidden_size=C, head_dim=head_dim, qk_norm=third, use_moe=moe,
         intermediate_size=shape['mlp.experts.down' if moe else 'mlp.down_proj.weight'][1],
         num_hidden_layers=len([name for name in shape if name.endswith('input_layernorm.weight')]),
-        num_attention_heads=shape['self_attn.q_proj.weight'][0] // head_dim,
+        num_attention_heads=width // head_dim, attention_bias='self_attn.q_proj.bias' in shape,
+        tie_word_embeddings=head is None or torch.equal(head, embeddings),
         num_key_value_heads=shape['self_attn.k_proj.weight'][0] // head_dim,
         num_experts=shape['mlp.gate.weight'][0] if moe else 4,
         n_shared_experts=len([name for name in shape if name.startswith('mlp.shared_experts.')]) // 3,

@@ -20,22 +20,25 @@ import difflib
 import functools
 import importlib.util
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict
 
 import torch
 
-from configurator import (at_least, between, build_model, check_weights, configure, draw, fail, fingerprint,
-                          load_checkpoint, one_of, read_json, refuse_model, start_run, tell)
+from configurator import (at_least, bare_weights, between, build_model, check_weights, configure, draw, fail,
+                          fingerprint, load_checkpoint, one_of, parse, read_file, read_json, refuse_model,
+                          start_run, tell)
 from model_gpt2 import GPT2, OFFICIAL, GPT2Config
-from model_minimind import MiniMind, MiniMindConfig
+from model_minimind import EXPERT_KEYS, MiniMind, MiniMindConfig
 from train_tokenizer import encode_chat, load_tokenizer
 
 # the model
 out_dir = 'out/pretrain'    # folder of the run whose model speaks
-init_from = ''              # instead of out_dir: a Hugging Face folder, or 'gpt2', 'gpt2-medium', ...
+init_from = ''              # instead of out_dir: a Hugging Face folder, a .pth, or 'gpt2', 'gpt2-medium', ...
+weights_config = ''         # of a .pth, what it cannot say: 'tokenizer=FOLDER,num_attention_heads=16'
 yarn_factor = 1.0           # minimind: read texts so many times longer than in training (chapter II-4)
 export_dir = ''             # write the model here as a Hugging Face folder, and stop
 # the text
@@ -66,7 +69,8 @@ dtype = 'auto'              # 'float32', 'bfloat16' or 'float16'; 'auto' is bflo
 
 GREEDY = 1e-5               # a temperature below is 0: float32 could not tell them apart
 MODELS = dict(gpt2=(GPT2, GPT2Config), minimind=(MiniMind, MiniMindConfig))
-HUGGING_FACE = dict(gpt2=GPT2, minimind=MiniMind, llama=MiniMind, qwen3=MiniMind, qwen3_moe=MiniMind)
+HUGGING_FACE = dict(gpt2=GPT2, minimind=MiniMind, llama=MiniMind, qwen2=MiniMind, qwen3=MiniMind,
+                    qwen3_moe=MiniMind)
 
 
 # ---- from logits to a token ----
@@ -254,20 +258,28 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch_size=16, temperatur
 
 # ---- the model and the prompt ----
 
-def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0):
-    """(model, tokenizer, checkpoint) of a run's folder; of a Hugging Face folder or an official name ('gpt2',
-    ...), which have no checkpoint. In evaluation mode; dropout is for when it is trained. One line if there
-    is no such model. A MiniMind with a context shorter than block_size gets a longer one, as RoPE has no
-    parameters; yarn_factor: see extend_context."""
-    checkpoint, path = None, os.path.join(source, 'config.json')
+def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0, given=()):
+    """(model, tokenizer, checkpoint) of a run's folder; of a Hugging Face folder, a file of weights alone or
+    an official name ('gpt2', ...), which have no checkpoint. In evaluation mode; dropout is for when it is
+    trained. One line if there is no such model. A MiniMind with a context shorter than block_size gets a
+    longer one, as RoPE has no parameters; yarn_factor: see extend_context; given: see load_bare."""
+    checkpoint, guessed, path = None, '', os.path.join(source, 'config.json')
     try:
         if source in OFFICIAL:
-            model, tokenizer = GPT2.from_pretrained(source), load_tokenizer('gpt2')
+            model, tokenizer = GPT2.from_pretrained(source, dropout=dropout), load_tokenizer('gpt2')
+        elif file := bare_weights(source):
+            model, tokenizer, guessed = load_bare(file, dropout, dict(given))
         elif os.path.isfile(path) and not os.path.isfile(os.path.join(source, 'ckpt.pt')):
-            kind = read_json(path).get('model_type')
+            hf = read_json(path)
+            kind = hf.get('model_type')
+            if head := re.search(r'\w+For(?!CausalLM)\w+', str(hf.get('architectures'))):
+                fail(f"{source} holds a {head[0]}, which is no language model")
             if kind not in [*HUGGING_FACE]:
                 fail(f"{source}: a model of type {kind!r}; these can be read: {', '.join(HUGGING_FACE)}")
-            model, tokenizer = HUGGING_FACE[kind].from_pretrained(source), load_tokenizer(source)
+            model = HUGGING_FACE[kind].from_pretrained(source, dropout=dropout)
+            tokenizer = load_tokenizer(source)
+        elif os.path.isfile(os.path.join(source, 'adapter_config.json')):
+            fail(f"{source} holds adapters alone: `python lora.py --from_peft={source} --init_from=BASE`")
         else:
             if not os.path.exists(source) and (near := difflib.get_close_matches(source, OFFICIAL, n=1)):
                 fail(f"{source} is neither a folder nor a model by name; did you mean {near[0]!r}?")
@@ -277,25 +289,66 @@ def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0):
             if 'labels' in checkpoint:
                 fail(f"{source} is a classifier: `python finetune_cls.py --out_dir={source} --classify=TEXT`")
             if 'adapters' in checkpoint:
-                model = load_base(source, checkpoint)[0]
+                model = load_base(source, checkpoint, dropout)[0]
                 add_adapters(model, checkpoint)
             else:
-                model = model_of(checkpoint, source)
-        if model.config.model_type == 'minimind':
+                model = model_of(checkpoint, source, dropout=dropout)
+        if yarn_factor > 1 and model.config.model_type != 'minimind':
+            fail("--yarn_factor slows down RoPE, which GPT-2 does not have")
+        if model.config.model_type == 'minimind' and (yarn_factor > 1 or block_size > model.config.context):
             if block_size > model.config.context:
                 tell(f"the context of {source} grows from {model.config.context} to block_size={block_size}")
             model.extend_context(yarn_factor, block_size)
-        elif yarn_factor > 1:
-            fail("--yarn_factor slows down RoPE, which GPT-2 does not have")
-        config = replace(model.config, dropout=dropout)
-        model = build_model(type(model), config, model.state_dict(), source)        # the same weights
     except (OSError, ValueError, ImportError) as e:     # what from_pretrained and build_model raise
         fail(str(e) if str(source) in str(e) else f"{source}: {e}")
-    if tokenizer.vocab_size > config.vocab_size:
-        fail(f"{source}: its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
-    if block_size > config.context:
-        fail(f"--block_size={block_size} is more than the context of {source}, {config.context}")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        fail(f"{source}: its tokenizer has {tokenizer.vocab_size} ids, its model {model.config.vocab_size}")
+    if block_size > model.config.context:
+        fail(f"--block_size={block_size} is more than the context of {source}, {model.config.context}")
+    if guessed:
+        print(f"{source} does not say, so guessed: {guessed}; --weights_config corrects it", file=sys.stderr)
     return model.to(device), tokenizer, checkpoint
+
+
+def parse_given(text):
+    """'tokenizer=FOLDER,rope_theta=1e4' -> {'tokenizer': 'FOLDER', 'rope_theta': 1e4}."""
+    pairs = [pair.partition('=') for pair in text.split(',') if pair]
+    return {key.strip(): parse(value, '' if key.strip() == 'tokenizer' else 0) for key, _, value in pairs}
+
+
+def left_open(config):
+    """Names in the dict of a model's config that a file of its weights leaves open."""
+    dense, shown = not config.get('use_moe'), config.get('qk_norm')     # q_norm is as wide as a head
+    return [name for name in MiniMindConfig.unseen + GPT2Config.unseen if name in config
+            and not (dense and name in EXPERT_KEYS) and not (shown and name == 'num_attention_heads')]
+
+
+def load_bare(file, dropout, given):
+    """(model, tokenizer, what was guessed) of a file of weights alone: a .pth of MiniMind's, or a ckpt.pt of
+    nanoGPT's. given: {name: value} of what it cannot say, --weights_config."""
+    model_class, config_class = MODELS['gpt2' if 'model_args' in read_file(file) else 'minimind']
+    names = 'tokenizer', *config_class.unseen
+    if unknown := given.keys() - {*names}:
+        near = difflib.get_close_matches(min(unknown), names, n=1)
+        fail(f"--weights_config: {min(unknown)!r} is nothing to say of {file}; " + (
+            f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"))
+    where = given.pop('tokenizer', '')
+    model = model_class.from_pretrained(file, **given, dropout=dropout)
+    config, guessed = model.config, []
+    if not where:
+        beside = os.path.dirname(os.path.abspath(file))
+        paths = [os.path.normpath(os.path.join(beside, name)) for name in ('.', '../model', 'model')]
+        paths = [path for path in paths if os.path.isfile(os.path.join(path, 'tokenizer.json'))]
+        if config.vocab_size in (50257, 50304):         # nanoGPT rounds it up
+            paths.append('gpt2')
+        where = paths[0] if paths else fail(
+            f"{file} comes without a tokenizer: name a folder, --weights_config=tokenizer=FOLDER")
+        guessed.append(f'tokenizer={where}')
+    open_names = left_open(asdict(config))
+    if useless := given.keys() - {*open_names}:
+        fail(f"--weights_config: {min(useless)} does nothing, as {file} shows it or has no experts")
+    guessed += [f'{name}={getattr(config, name)}' for name in open_names if name not in given]
+    return model, load_tokenizer(where), ', '.join(guessed)
 
 
 def model_of(checkpoint, source, weights='model', head=lambda model: model, **changes):
@@ -309,16 +362,23 @@ def model_of(checkpoint, source, weights='model', head=lambda model: model, **ch
         fail(f"{source}: its checkpoint does not describe a model ({type(e).__name__}: {e})")
 
 
-def load_base(folder, checkpoint):
+def given_by(checkpoint, folder):
+    """What a run's folder says of the file of weights that it started from, see load_bare."""
+    config = checkpoint['model_config']
+    return {'tokenizer': folder, **{name: config[name] for name in left_open(config)}}
+
+
+def load_base(folder, checkpoint, dropout=0.0):
     """(model, its path): what the adapters in a run's folder were trained on. The path is kept relative to
     the folder, so that both may move together."""
     path = os.path.normpath(os.path.join(folder, checkpoint['base']))
-    path = path if os.path.isdir(path) else checkpoint['base']
-    model = load_run(path)[0]
+    path = path if os.path.exists(path) else checkpoint['base']
+    model = load_run(path, given=given_by(checkpoint, folder))[0]
     if fingerprint(model.state_dict()) != checkpoint['base_fingerprint']:
         fail(f"{folder} holds adapters for another base than {path}: its weights are not those they were "
              f"trained on")
-    return model_of(dict(checkpoint, model=model.state_dict()), folder), path   # its context may be longer
+    # its context may be longer
+    return model_of(dict(checkpoint, model=model.state_dict()), folder, dropout=dropout), path
 
 
 @torch.no_grad()
@@ -340,7 +400,8 @@ def load_start(run, config):
     how = run.device, config.get('dropout', 0.0), config['block_size']
     if config['init_from'] == 'resume':
         return load_run(config['out_dir'], *how)
-    return load_run(config['init_from'], *how, config.get('yarn_factor', 1.0))
+    return load_run(config['init_from'], *how, config.get('yarn_factor', 1.0),
+                    parse_given(config.get('weights_config', '')))
 
 
 @contextmanager
@@ -478,7 +539,8 @@ if __name__ == '__main__':
         refuse_model(export_dir, 'export_dir')
     run = start_run(device, dtype, seed)
     source = init_from or out_dir
-    model, tokenizer, _ = load_run(source, run.device, yarn_factor=yarn_factor)
+    model, tokenizer, _ = load_run(source, run.device, yarn_factor=yarn_factor,
+                                   given=parse_given(weights_config))
     if export_dir:
         export(model, tokenizer, export_dir)
         print(f"wrote {export_dir}, which AutoModelForCausalLM.from_pretrained of transformers loads")

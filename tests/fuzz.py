@@ -34,6 +34,7 @@ from conftest import ROOT, TEXT
 import configurator
 import finetune_cls
 import lora
+import model_minimind
 import pretrain
 import sft
 from configurator import IDLE, LOOP, NAMES, Run, configure, fingerprint, save_checkpoint
@@ -280,6 +281,24 @@ def read_hugging_face(rng, good, here):
     assert logits(model).isfinite().all() or 0.6 <= which < 0.7    # a bit may be an exponent
 
 
+def read_bare(rng, good, here):
+    """Weights alone: a .pth of MiniMind's, or of a checkpoint to resume from, and nanoGPT's ckpt.pt."""
+    name, path = rng.choice(['llama', 'qwen3_moe', 'gpt2']), here / 'ckpt.pt'
+    run = torch.load(good.folder / f'run_{name}' / 'ckpt.pt')
+    content = model_minimind.weights_to_hf(run['model']) if name != 'gpt2' else run['model']
+    if name == 'gpt2':
+        sizes = {key: run['model_config'][key] for key in ('vocab_size', 'n_embd', 'n_head', 'n_layer')}
+        content = dict(model=content, model_args=dict(sizes, block_size=64, bias=True), iter_num=1)
+    elif rng.random() < 0.5:
+        content = dict(model=content, step=1, optimizer={})
+    torch.save(spoil(rng, content), path)
+    bytewise = rng.random() < 0.2
+    if bytewise:
+        spoil_file(rng, path)
+    model = load_run(str(path), given=dict(tokenizer=str(good.folder / 'tokenizer')))[0]
+    assert logits(model).isfinite().all() or bytewise                   # a bit may be an exponent
+
+
 def read_adapters(rng, good, here):
     from safetensors.torch import save_file
     shutil.copytree(good.folder / 'peft', here / 'peft')
@@ -373,8 +392,10 @@ def read_records(rng, good, here):
 
 
 KINDS = dict(data=read_data, checkpoint=read_checkpoint, resume=resume, hugging_face=read_hugging_face,
-             adapters=read_adapters, tokenizer=read_tokenizer, settings=read_settings, records=read_records)
-SHARES = dict(data=4, checkpoint=4, resume=1, hugging_face=4, adapters=2, tokenizer=3, settings=4, records=3)
+             bare=read_bare, adapters=read_adapters, tokenizer=read_tokenizer, settings=read_settings,
+             records=read_records)
+SHARES = dict(data=4, checkpoint=4, resume=1, hugging_face=4, bare=2, adapters=2, tokenizer=3, settings=4,
+              records=3)
 
 
 # ---- one input, and all of them ----

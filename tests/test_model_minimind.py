@@ -18,6 +18,8 @@ TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_he
             max_position_embeddings=64)
 MOE = dict(qk_norm=True, use_moe=True, num_experts=4, moe_intermediate_size=24, norm_topk_prob=True)
 YARN = dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=16)
+LLAMA3 = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
 
 
 def tiny(**changes):
@@ -182,16 +184,17 @@ def same_logits(ours, theirs, x):
     """Whether the two agree on x, in one piece and with transformers' own cache."""
     with torch.no_grad():
         expected = theirs(x).logits
-        torch.testing.assert_close(ours(x)[0], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours(x)[0], expected, atol=1e-5, rtol=1e-5)
         cache, past = ours.make_cache(len(x), x.size(1)), None
         for piece in x.split([15, 1, 8], dim=1):
             out = theirs(piece, past_key_values=past, use_cache=True)
             past = out.past_key_values
-            torch.testing.assert_close(ours(piece, cache=cache)[0], out.logits, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(ours(piece, cache=cache)[0], out.logits, atol=1e-5, rtol=1e-5)
 
 
 KINDS = {
     'Llama': dict(), 'Llama-multi-head': dict(num_key_value_heads=4), 'Llama-yarn': dict(rope_scaling=YARN),
+    'Llama-llama3': dict(rope_scaling=LLAMA3, rope_theta=500.0), 'Qwen2': dict(attention_bias=True),
     'Llama-untied': dict(tie_word_embeddings=False), 'Qwen3': dict(qk_norm=True, head_dim=16),
     'Qwen3-yarn': dict(qk_norm=True, rope_scaling=dict(YARN, attention_factor=1.1, beta_fast=8, beta_slow=2)),
     'Qwen3Moe': dict(MOE, num_experts_per_tok=2), 'Qwen3Moe-top1': dict(MOE, num_experts_per_tok=1),
@@ -305,6 +308,39 @@ def test_the_config_of_minimind_itself(tmp_path):
     torch.testing.assert_close(again(x)[0], model(x)[0])
 
 
+@pytest.mark.parametrize('kind, expected', [
+    (dict(n_shared_experts=1), model_minimind.MINIMIND2), (dict(qk_norm=True), model_minimind.MINIMIND3)])
+@pytest.mark.parametrize('head', [True, False])
+def test_a_folder_of_minimind_is_what_its_generation_takes_for_granted(tmp_path, kind, expected, head):
+    """Tied, whether the head is stored or not, and a router that is balanced as its own."""
+    model = tiny(use_moe=True, num_experts_per_tok=expected['num_experts_per_tok'], num_attention_heads=8,
+                 rms_norm_eps=expected['rms_norm_eps'], **kind)
+    state = model_minimind.weights_to_hf(model.state_dict())
+    if not head:
+        del state['lm_head.weight']
+    torch.save(state, tmp_path / 'pytorch_model.bin')
+    (tmp_path / 'config.json').write_text(json.dumps(dict(
+        model_type='minimind', hidden_size=32, num_attention_heads=8, num_hidden_layers=2, vocab_size=64,
+        num_key_value_heads=2, max_position_embeddings=64, use_moe=True, intermediate_size=128, **kind)))
+    again, x = MiniMind.from_pretrained(str(tmp_path)), tokens()
+    assert again.lm_head.weight is again.model.embed_tokens.weight and again.config.norm_topk_prob
+    assert expected.items() <= asdict(again.config).items() and again.config.rope_theta == 1e6
+    torch.testing.assert_close(again(x)[0], model(x)[0])
+
+
+def test_theta_of_rope_in_all_spellings(tmp_path):
+    """transformers 4.57 has rope_theta and rope_scaling, 5 has rope_parameters; older ones wrote 'type'."""
+    model, x = tiny(rope_theta=77.0, rope_scaling=LLAMA3), tokens()
+    model.save_pretrained(tmp_path)
+    hf = json.loads((tmp_path / 'config.json').read_text())
+    del hf['rope_theta'], hf['rope_scaling']
+    old = {'type' if key == 'rope_type' else key: value for key, value in LLAMA3.items()}
+    for rope in (dict(rope_parameters=dict(LLAMA3, rope_theta=77.0)), dict(rope_theta=77.0, rope_scaling=old),
+                 dict(rope_theta=77.0, rope_parameters=LLAMA3)):
+        (tmp_path / 'config.json').write_text(json.dumps({**hf, **rope}))
+        torch.testing.assert_close(MiniMind.from_pretrained(str(tmp_path))(x)[0], model(x)[0])
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     model = tiny()
     state = model.state_dict()
@@ -321,7 +357,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
     refused("'mistral'", model_type='mistral')
     refused("attention_bias=True", attention_bias=True)
-    refused("scales RoPE", rope_scaling=dict(rope_type='llama3', factor=8))
+    refused("scales RoPE", rope_scaling=dict(rope_type='longrope', factor=8))
+    refused("low_freq_factor must be a number", rope_scaling=dict(
+        rope_type='llama3', factor=8, original_max_position_embeddings=16))
+    refused("low_freq_factor must be below", rope_scaling={**LLAMA3, 'low_freq_factor': 4.0})
     refused(r'embed_tokens.weight is \(64, 32\)', vocab_size=65)
     refused('has no place', {**state, 'model.extra': torch.ones(1)})
     refused('norm.weight is missing', {k: v for k, v in state.items() if k != 'model.norm.weight'})
@@ -334,7 +373,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('kind, reason', [(dict(use_moe=True), 'without qk_norm'),
-                                          (dict(MOE, n_shared_experts=1), 'shared experts')])
+                                          (dict(MOE, n_shared_experts=1), 'shared experts'),
+                                          (dict(qk_norm=True, attention_bias=True), 'attention_bias')])
 def test_what_transformers_cannot_compute_is_not_exported(kind, reason, tmp_path):
     with pytest.raises(ValueError, match=reason):
         tiny(**kind).save_pretrained(tmp_path / 'hf')
