@@ -197,10 +197,10 @@ def configure(settings, only=None, **rules):
     return {key: settings[key] for key in keys}
 
 
-def tell(line):
+def tell(line, file=None):
     """Say what was read or taken, once for all ranks."""
     if os.environ.get('RANK', '0') == '0':
-        print(line, flush=True)
+        print(line, file=file, flush=True)
 
 
 def in_our_words(key, value, where):

@@ -306,7 +306,7 @@ def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0, g
     if block_size > model.config.context:
         fail(f"--block_size={block_size} is more than the context of {source}, {model.config.context}")
     if guessed:
-        print(f"{source} does not say, so guessed: {guessed}; --weights_config corrects it", file=sys.stderr)
+        tell(f"{source} does not say, so guessed: {guessed}; --weights_config corrects it", sys.stderr)
     return model.to(device), tokenizer, checkpoint
 
 
