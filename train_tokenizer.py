@@ -188,6 +188,8 @@ def check_parts(state):
     vocab = model.get('vocab') if isinstance(model.get('vocab'), dict) else {}
     if any(type(i) is int and i >= 1 << 24 for i in vocab.values()):
         raise ValueError(f"an id is above {1 << 24:,}")
+    if len({str(i) for i in vocab.values()}) < len(vocab):
+        raise ValueError("two tokens have the same id")
     if model.get('continuing_subword_prefix') and model.get('type', 'BPE') == 'BPE':
         raise ValueError("BPE with a continuing_subword_prefix is not supported")
     parts = json.dumps([state.get('normalizer'), state.get('pre_tokenizer')])

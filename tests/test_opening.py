@@ -42,7 +42,7 @@ def refused(capsys):
 
 def test_random_faults_in_all_kinds_of_files():
     """No traceback, no hang, nothing half left behind: see tests/fuzz.py, which tries thousands."""
-    counts, faults = fuzz(n=250, seed=22)
+    counts, faults = fuzz(n=250, seed=21)
     assert not faults, faults
     assert all(counts[kind, 'refused'] for kind in KINDS), counts
 
