@@ -4,6 +4,13 @@ The models are tiny and the steps are few. What is tested is that every hand-ove
 """
 import json
 
+import numpy as np
+import torch
+from conftest import TEXT, numbers
+
+from model_minimind import weights_to_hf
+from sample import load_run
+
 SMALL = ['--max_iters=2', '--eval_interval=2', '--batch_size=2', '--block_size=128', '--dtype=float32',
          '--device=cpu', '--seed=1']
 SHAPE = ['--n_layer=1', '--n_head=2', '--n_kv_head=1', '--n_embd=32']
@@ -35,3 +42,78 @@ def test_the_road_from_nothing_to_every_stage(script, tmp_path):
     script('sample.py', '--out_dir=dpo', '--export_dir=hf')
     ours = script('sample.py', '--out_dir=dpo', '--temperature=0', '--max_new_tokens=5').stdout
     assert script('sample.py', '--init_from=hf', '--temperature=0', '--max_new_tokens=5').stdout == ours
+
+
+def test_the_road_of_minimind(script, tmp_path):
+    """Its data, its names of settings, its .pth: tokenizer, pretraining, tools and thoughts, DPO, LoRA."""
+    tool = json.dumps([dict(type='function', function=dict(name='add', parameters={}))])
+    call = json.dumps([dict(name='add', arguments=dict(a=1, b=2))])
+    user, sea = dict(role='user', content='Who keeps the light?'), dict(role='assistant', content='The sea.')
+    keeper = dict(role='assistant', content='A keeper.', reasoning_content='A lamp needs a keeper.')
+    using = [dict(role='system', content='# Tools', tools=tool), dict(role='user', content='1 + 2?'),
+             dict(role='assistant', content='', tool_calls=call), dict(role='tool', content='3'),
+             dict(role='assistant', content='It is 3.')]
+    asked = [dict(user, content=f'Who {i}?') for i in range(90)]
+    sums = [dict(using[1], content=f'{i} + 2?') for i in range(90)]
+    files = dict(
+        pretrain_hq=[dict(text=TEXT)] * 9,
+        sft_t2t_mini=[dict(conversations=[user, keeper]) for user in asked]
+        + [dict(conversations=[using[0], user, *using[2:]]) for user in sums],
+        dpo=[dict(chosen=[user, keeper], rejected=[user, sea]) for user in asked])
+    for name, records in files.items():
+        lines = '\n'.join(json.dumps(record, ensure_ascii=False) for record in records)
+        (tmp_path / f'{name}.jsonl').write_text(lines, encoding='utf-8')
+    script('train_tokenizer.py', '--input=sft_t2t_mini.jsonl', '--vocab_size=320', '--out_dir=model')
+    for name in files:
+        script('prepare.py', f'--input={name}.jsonl', f'--dataset=./{name}', '--tokenizer=model')
+    few = ['--max_iters', '2', '--eval_iters', '1', '--device', 'cpu', '--dtype', 'float32',
+           '--batch_size', '2']
+    script('pretrain.py', *few, '--hidden_size', '32', '--num_hidden_layers', '1',
+           '--num_attention_heads', '2', '--num_key_value_heads', '1', '--max_seq_len', '34',
+           '--context', '512', '--data_path', './pretrain_hq', '--save_dir', 'pretrain')
+    out = script('sft.py', *few, '--max_seq_len=256', '--init_from=pretrain', '--dataset=./sft_t2t_mini',
+                 '--out_dir=sft', '--report_size=4').stdout
+    assert '2 steps' in out
+    script('dpo.py', *few, '--max_seq_len=192', '--init_from=sft', '--dataset=./dpo', '--out_dir=dpo')
+    script('lora.py', *few, '--max_seq_len=256', '--init_from=dpo', '--dataset=./sft_t2t_mini',
+           '--out_dir=lora', '--report_size=0')
+    chat = ['--chat', '--temperature=0', '--max_new_tokens=4', '--dtype=float32']
+    for thinking in ([], ['--thinking']):
+        script('sample.py', '--out_dir=lora', *chat, *thinking, input='Who keeps the light?\n')
+
+    # the same model as a .pth in MiniMind's repository: out/ beside model/, half precision, no config
+    model = load_run(str(tmp_path / 'sft'))[0].half()
+    (tmp_path / 'out').mkdir()
+    torch.save(weights_to_hf(model.state_dict()), tmp_path / 'out' / 'full_sft_32.pth')
+    heads = '--weights_config=num_attention_heads=2'
+    answers = [script('sample.py', *of, *chat, input='Who?\n').stdout
+               for of in (['--out_dir=sft'], ['--init_from=out/full_sft_32.pth', heads])]
+    assert answers[0] == answers[1]
+    script('lora.py', *few, '--init_from=out/full_sft_32.pth', heads, '--dataset=./sft_t2t_mini',
+           '--out_dir=lora_of_pth', '--report_size=0')
+
+
+def test_the_road_of_nanogpt(script, tmp_path, byte_tokenizer):
+    """train.bin and val.bin, a config as config/train_gpt2.py on two ranks, evaluation, a sample."""
+    byte_tokenizer.save(tmp_path / 'bytes')
+    for split in ('train', 'val'):
+        ids = [*byte_tokenizer.encode(TEXT), byte_tokenizer.eot] * 3
+        (tmp_path / 'owt').mkdir(exist_ok=True)
+        np.array(ids, dtype=np.uint16).tofile(tmp_path / 'owt' / f'{split}.bin')
+    script('prepare.py', '--input=owt', '--tokenizer=bytes', '--dataset=./openwebtext')
+    (tmp_path / 'train_gpt2.py').write_text(
+        "wandb_log = False\nwandb_project = 'owt'\nwandb_run_name = 'gpt2-124M'\n"
+        "batch_size = 2\nblock_size = 64\ngradient_accumulation_steps = 1 * 2\n"
+        "max_iters = 4\nlr_decay_iters = 600000\neval_interval = 2\neval_iters = 500\nlog_interval = 1\n"
+        "weight_decay = 1e-1\n")
+    small = ['--dataset=./openwebtext', '--device=cpu', '--dtype=float32', '--out_dir=out']
+    shape = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--dropout=0.0']
+    out = script('pretrain.py', 'train_gpt2.py', *small, *shape, torchrun=2).stdout
+    assert "train_gpt2.py is nanoGPT's" in out and 'on 2 x cpu' in out
+    (tmp_path / 'eval_gpt2.py').write_text("batch_size = 8\neval_iters = 500\neval_only = True\n"
+                                           "wandb_log = False\ninit_from = 'out'\n")
+    again = script('pretrain.py', 'eval_gpt2.py', *small[:3], '--block_size=64', '--out_dir=none').stdout
+    losses = [numbers(r'held-out loss (\S+)', text)[-1] for text in (out, again)]
+    assert abs(losses[0] - losses[1]) < 2e-4 and not (tmp_path / 'none').exists()
+    text = script('sample.py', '--out_dir=out', '--start=the', '--max_new_tokens=5').stdout
+    assert text.startswith('the')
