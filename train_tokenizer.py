@@ -525,9 +525,10 @@ def alpaca(tokenizer, messages, add_generation_prompt, thinking):
             yield tokenizer.encode(f'{preface}### Instruction:\n{content}{material}'), 0
             preface = ''
         else:
-            if message.get('reasoning_content'):
-                content = f"<think>\n{message['reasoning_content']}\n</think>\n\n{content}"
-            yield opening, 0
+            thought = message.get('reasoning_content')
+            if thought:
+                content = f'{thought}\n</think>\n\n{content}'
+            yield opening + tokenizer.encode('<think>\n' * bool(thought)), 0
             yield [*tokenizer.encode(content), tokenizer.eot], 1
     if add_generation_prompt:
         yield opening + tokenizer.encode('<think>\n' * thinking), 0

@@ -1,6 +1,5 @@
-"""Conversations exact: what is trained is what a model's own chat template renders, token for token; records of
-other projects; documents that open as the model was trained. MINIMIND names a clone of the MiniMind project,
-or a folder with its tokenizer files by commit."""
+"""Conversations exact: what is trained is what a model's own chat template renders, token for token; records
+of other projects; documents that open as the model was trained. MINIMIND names a clone of that project."""
 import gzip
 import json
 import os
@@ -162,3 +161,366 @@ def test_what_is_trained_is_what_the_template_renders(with_template, name, chat)
     forgets = name in ('plain', 'default')              # these pass over thoughts, with which we train
     if not (forgets and 'thought' in chat or forgets and chat == 'then'):
         compare(tokenizer, theirs, chat)
+
+
+MINIMIND = {    # commit: (its layout, default system message)
+    'HEAD': ChatML('', 'always', '<think>\n', True, False),
+    '4014e62': ChatML('You are a helpful assistant', 'given', '', True, False),
+    '274483c': ChatML('You are a helpful assistant', 'given', '', False, False)}
+
+
+@pytest.mark.parametrize('commit', MINIMIND)
+def test_the_official_templates_are_rendered_exactly(tmp_path, commit):
+    """MiniMind-3's, MiniMind2's later one and its first."""
+    transformers = pytest.importorskip('transformers')
+    if not (clone := os.environ.get('MINIMIND')):
+        pytest.skip("MINIMIND names no clone of the MiniMind project")
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        listed = subprocess.run(['git', '-C', clone, 'ls-tree', '-r', '--name-only', commit], text=True,
+                                capture_output=True, check=True).stdout.splitlines()
+        path = next(path for path in listed if Path(path).name == name)
+        (tmp_path / name).write_bytes(subprocess.run(['git', '-C', clone, 'show', f'{commit}:{path}'], check=True,
+                                                     capture_output=True).stdout)
+    tokenizer, theirs = load_tokenizer(str(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.layout == MINIMIND[commit] and not tokenizer.strange
+    assert (tokenizer.bos, tokenizer.eot, tokenizer.ends) == (1, 0, {0, 2})
+    given = tokenizer.layout.thinks == 'given'
+    for chat, (messages, prompt, _) in CHATS.items():
+        if commit == '274483c' and (not prompt and messages[-1]['role'] == 'user' or chat in ('greeting', 'twice')):
+            continue                                    # where its template opens answers by itself
+        if not (given and ('thought' in chat or chat in ('then', 'written out'))):
+            compare(tokenizer, theirs, chat)
+
+
+@pytest.mark.parametrize('template', [
+    PLAIN.replace('im_start', 'start'), PLAIN + '{{ bos_token }}', '{{ raise_exception("no") }}', '{% for %}', '',
+    '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x', "{{ 'x' * 10**10 }}",
+    '{{ 9 ** 9 ** 9 }}', '(' * 9999, '{{' + '(' * 9999, '{% if 1 %}' * 300, 'x' * 3_000_000])
+def test_a_template_that_is_unknown_is_one_line_and_ours_after_training(tmp_path, tokenizer, capsys, template):
+    other = Tokenizer(tokenizer.backend, 'hf', dict(chat_template=template, bos_token='<|endoftext|>'))
+    assert other.layout == ChatML() and other.strange == bool(template)
+    other.take_own_layout()
+    line = capsys.readouterr().err
+    assert not template or line.count('\n') == 1 and 'the chat template of hf is none that is known' in line
+    other.save(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert again.words['chat_template'] == (own_template(ChatML()) if template else '') and not again.strange
+
+
+# ---- the mask ----
+
+def said(tokenizer, messages, thinking=False):
+    ids, mask = encode_chat(tokenizer, messages)
+    for i, message in enumerate(messages):              # what a prompt holds is no target, and goes before it
+        if message['role'] == 'assistant' and i == len(messages) - 1:
+            prompt = encode_chat(tokenizer, messages[:i], True, 'reasoning_content' in message)[0]
+            assert ids[:len(prompt)] == prompt and not any(mask[len(prompt) - 1:len(prompt)]) and mask[len(prompt)]
+    texts, ids_said = [], [token for token, target in zip(ids, mask) if target]
+    for token in ids_said:
+        texts.append(tokenizer.decode([token]))
+    return ''.join(texts)
+
+
+@pytest.mark.parametrize('name, plain, thought', [
+    ('ours', 'The keeper.', '{T}'), ('alpaca', 'The keeper.', '{T}'), ('plain', 'The keeper.', '<think>\n{T}'),
+    ('last', 'The keeper.', '<think>\n{T}'), ('always', 'The keeper.', '{T}')])
+def test_targets_are_what_the_assistant_says_and_its_end(with_template, name, plain, thought):
+    tokenizer, _ = with_template(name, TEMPLATES[name]())
+    end = '<|endoftext|>' if name == 'alpaca' else '<|im_end|>'
+    thought = thought.replace('{T}', 'The rules\n\nsay so.\n</think>\n\n') + plain + end
+    assert said(tokenizer, [SYSTEM, USER, ANSWER]) == plain + end
+    assert said(tokenizer, [SYSTEM, USER, ANSWER, USER, ANSWER]) == 2 * (plain + end)
+    assert said(tokenizer, [USER, THOUGHT]) == thought
+    assert said(tokenizer, [USER, THOUGHT, USER, THOUGHT]) == (plain + end if name == 'last' else thought) + thought
+    if tokenizer.layout and tokenizer.layout.tools:
+        call = '<tool_call>\n{"name": "tide", "arguments": {"at": "noon", "n": 1}}\n</tool_call>'
+        assert said(tokenizer, [dict(SYSTEM, tools=TOOLS), *USING[:4]]) == call + end + plain + end
+
+
+# ---- records of other projects ----
+
+ARGUMENTS = '{"at": "noon", "n": 1}'
+WITH_CALL = (dict(USER, tools=TOOLS), say('assistant', '', tool_calls=[CALL]), say('tool', '{"h": 3}'), ANSWER)
+RECORDS = {
+    'thoughts': (dict(conversations=[USER, THOUGHT]), (USER, THOUGHT)),
+    'only thoughts': (dict(messages=[USER, dict(THOUGHT, content=None)]), (USER, dict(THOUGHT, content=''))),
+    'minimind': (dict(conversations=[
+        say('system', '# Tools ...', tools='[...]'), USER,
+        say('assistant', '', tool_calls=json.dumps([CALL]), reasoning_content=None), WITH_CALL[2], ANSWER]),
+        (say('system', '# Tools ...', tools=['[...]']), *WITH_CALL[:0], USER, *WITH_CALL[1:])),
+    'openai': (dict(messages=[USER, dict(role='assistant', content=None, tool_calls=[
+        dict(id='1', type='function', function=dict(name='tide', arguments=ARGUMENTS))]), WITH_CALL[2], ANSWER],
+        tools=json.dumps(TOOLS)),
+        (WITH_CALL[0], say('assistant', '', tool_calls=[dict(CALL, arguments=ARGUMENTS)]), *WITH_CALL[2:])),
+    'no arguments': (dict(messages=[USER, dict(role='assistant', tool_calls=[dict(name='f')])]),
+                     (USER, say('assistant', '', tool_calls=[dict(name='f', arguments={})]))),
+    'sharegpt': (dict(conversations=[{'from': 'system', 'value': 'Keep the light.'},
+                                     {'from': 'human', 'value': 'Who reads?'},
+                                     {'from': 'function_call', 'value': json.dumps(CALL)},
+                                     {'from': 'observation', 'value': '{"h": 3}'},
+                                     {'from': 'gpt', 'value': 'The keeper.'}]), (SYSTEM, USER, *WITH_CALL[1:])),
+    'parts': (dict(messages=[say('user', [dict(type='text', text='Who '), dict(type='text', text='reads?')]), ANSWER]),
+              (USER, ANSWER)),
+    'empty system': (dict(messages=[say('system', ' '), USER, ANSWER]), (say('system', ''), USER, ANSWER)),
+    'greeting': (dict(messages=[SYSTEM, say('assistant', 'Hi'), USER, ANSWER]),
+                 (SYSTEM, say('assistant', 'Hi'), USER, ANSWER)),
+    'twice': (dict(messages=[USER, ANSWER, ANSWER, USER, ANSWER]), (USER, ANSWER, ANSWER, USER, ANSWER)),
+    'tail': (dict(messages=[USER, ANSWER, say('user', 'bye')]), (USER, ANSWER)),
+    'empty result': (dict(messages=[USER, WITH_CALL[1], say('tool', None), ANSWER, say('tool', 'x')]),
+                     (USER, WITH_CALL[1], say('tool', ''), ANSWER)),
+}
+
+
+@pytest.mark.parametrize('name', RECORDS)
+def test_records_of_other_projects(name, tokenizer):
+    record, messages = RECORDS[name]
+    assert messages_of(record) == messages
+    assert prepare.unused == ({'turn after the last answer': 1} if name in ('tail', 'empty result') else {})
+    ids, mask = encode_chat(tokenizer, messages)
+    assert any(mask) and prepare.plain_text([messages])
+
+
+BAD = {
+    'role': (dict(messages=[say('function', 'x'), ANSWER]), "unknown role 'function'; there are system, user, assist"),
+    'sharegpt role': (dict(conversations=[{'from': 'bing', 'value': 'x'}]), "unknown role 'bing'"),
+    'list role': (dict(conversations=[{'from': ['x'], 'value': 'x'}]), "unknown role ['x']"),
+    'no value': (dict(conversations=[{'from': 'human'}]), 'no field "value" among from'),
+    'image': (dict(messages=[say('user', [dict(type='image_url', image_url='x')]), ANSWER]), 'no field "text" among type'),
+    'no name': (dict(messages=[USER, say('assistant', None, tool_calls=[dict(id='1')])]), 'no field "function" or "name"'),
+    'no json': (dict(messages=[USER, say('assistant', '', tool_calls='f(x)')]), 'no field "function" or "name"'),
+    'nothing': (dict(messages=[USER, say('assistant', '', tool_calls='[]', reasoning_content='')]), 'is empty'),
+    'null': (dict(messages=[USER, say('assistant', None)]), 'turn 2, of the assistant, is not a text but null'),
+    'thought': (dict(messages=[USER, say('assistant', 'x', reasoning_content=3)]), 'the thought of turn 2'),
+    'result': (dict(messages=[USER, say('tool', 'x'), ANSWER]), "turn 2 is the tool's, where the assistant's is expected"),
+    'asks twice': (dict(messages=[USER, ANSWER, WITH_CALL[2], USER, ANSWER]), "turn 4 is the user's"),
+    'half': (dict(messages=[USER, say('assistant', '', tool_calls=[dict(name='f', arguments='\ud83d')])]), 'surrogates'),
+    'half tool': (dict(messages=[USER, ANSWER], tools=[{'\ud83d': 1}]), 'surrogates'),
+    'only a greeting': (dict(messages=[ANSWER, USER]), 'nothing answers it'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_records_that_stay_malformed(tmp_path, name, capsys):
+    record, words = BAD[name]
+    (tmp_path / 'a.jsonl').write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match='2'):
+        list(read_pieces(str(tmp_path / 'a.jsonl'), 'sft'))
+    line = capsys.readouterr().err
+    assert line.count('\n') == 1 and f'a.jsonl:1: ' in line and words in line, line
+
+
+NO = say('assistant', 'The sea.')
+
+
+@pytest.mark.parametrize('record, expected', [
+    (dict(prompt='Who reads?', chosen='The keeper.', rejected='The sea.'), ((USER, ANSWER), NO)),
+    (dict(prompt=[SYSTEM, USER], chosen=[ANSWER], rejected=[NO]), ((SYSTEM, USER, ANSWER), NO)),
+    (dict(prompt='Who reads?', chosen=[USER, ANSWER], rejected=[USER, NO]), ((USER, ANSWER), NO)),
+    (dict(conversations=[{'from': 'human', 'value': 'Who reads?'}], chosen={'from': 'gpt', 'value': 'The keeper.'},
+          rejected={'from': 'gpt', 'value': 'The sea.'}), ((USER, ANSWER), NO)),
+    (dict(chosen=[USER, THOUGHT], rejected=[USER, ANSWER]), ((USER, THOUGHT), ANSWER)),
+    (dict(chosen=[USER, WITH_CALL[1]], rejected=[USER, ANSWER], tools=TOOLS), (WITH_CALL[:2], ANSWER)),
+    (dict(instruction='Who reads?', chosen='The keeper.', rejected='The sea.'), ((USER, ANSWER), NO))])
+def test_pairs_of_other_projects(tokenizer, record, expected):
+    assert pair_of(record) == expected and not +prepare.unused
+    (chosen, mask), _ = train_pair = prepare.encode_pair(tokenizer, *expected)
+    assert len(train_pair) == 2 and tokenizer.decode(
+        [i for i, target in zip(chosen, mask) if target]).endswith('<|im_end|>')
+
+
+@pytest.mark.parametrize('record, words', [
+    (dict(chosen=[USER, THOUGHT], rejected=[USER, THOUGHT]), 'are the same answer'),
+    (dict(chosen=[ANSWER], rejected=[NO]), '"chosen": no turn is the user'),
+    (dict(prompt=3, chosen='x', rejected='y'), 'turn 1, of the user, is not a text but 3'),
+    (dict(prompt='x', chosen=[3], rejected='y'), '"chosen": no field "role"'),
+    (dict(prompt='x', chosen=3, rejected='y'), '"chosen": turn 2, of the assistant, is not a text but 3'),
+    (dict(chosen=[say('system', 'a'), USER, ANSWER], rejected=[USER, NO]), 'answer different prompts')])
+def test_pairs_that_stay_malformed(record, words):
+    with pytest.raises(ValueError, match=words):
+        pair_of(record)
+
+
+@pytest.mark.parametrize('task', ['sft', 'dpo'])
+def test_what_a_layout_has_no_place_for_is_malformed(script, tmp_path, byte_tokenizer, task):
+    byte_tokenizer.save(tmp_path / 't')
+    good = [dict(messages=[say('user', f'Who {i}?'), ANSWER]) for i in range(60)]
+    tools = dict(messages=list(USING[:4]), tools=TOOLS)
+    if task == 'dpo':
+        good = [dict(chosen=record['messages'], rejected=[record['messages'][0], NO]) for record in good]
+        tools = dict(chosen=tools['messages'], rejected=[*USING[:3], NO], tools=TOOLS)
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, [*good[:30], tools, *good[30:]])))
+    options = ['--input=a.jsonl', '--tokenizer=t', '--dataset=./d']
+    line = script('prepare.py', *options, code=2).stderr
+    assert 'a.jsonl:31: tools, and the chat template of this tokenizer has no place' in line
+    assert not (tmp_path / 'd').exists()
+    done = script('prepare.py', *options, '--on_error=skip').stderr
+    assert 'skipped 1 malformed records: 1 x tools, and' in done and 'first at a.jsonl:31' in done
+
+
+def test_the_tail_is_counted_aloud(script, tmp_path, tokenizer_folder):
+    records = [dict(messages=[say('user', f'Who {i}?'), ANSWER, say('user', 'bye')]) for i in range(60)]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    done = script('prepare.py', '--input=a.jsonl', f'--tokenizer={tokenizer_folder}', '--dataset=./d')
+    assert done.stderr == 'not used: 60 x turn after the last answer\n'
+
+
+# ---- folders, .gz, .parquet ----
+
+TASKS = {
+    'pretrain': [dict(text=f'Rule {i}. {TEXT[:i]}', split=None) for i in range(60)],
+    'sft': [dict(messages=[say('user', f'Who {i}?'), dict(THOUGHT, tool_calls=json.dumps([CALL]))]) for i in range(60)],
+    'dpo': [dict(prompt=f'Who {i}?', chosen='I', rejected='it') for i in range(60)]}
+for record in TASKS['pretrain']:
+    del record['split']
+
+
+def sides_of(source, task):
+    return [(piece.split, piece.content) for piece in read_pieces(str(source), task, 0.3)]
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_a_record_is_the_same_in_every_container(tmp_path, task):
+    records, lines = TASKS[task], '\n'.join(map(json.dumps, TASKS[task])).encode()
+    (tmp_path / 'a.jsonl').write_bytes(lines)
+    (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress(lines))
+    (tmp_path / 'C.JSON.GZ').write_bytes(gzip.compress(json.dumps(records).encode()))
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'folder' / 'a.jsonl').write_bytes(lines[:lines.index(b'\n')])
+    (tmp_path / 'folder' / 'b.jsonl.gz').write_bytes(gzip.compress(lines[lines.index(b'\n') + 1:]))
+    expected = sides_of(tmp_path / 'a.jsonl', task)
+    assert len(expected) == 60 and {side for side, _ in expected} == {'train', 'val'}
+    for name in ('b.jsonl.gz', 'C.JSON.GZ', 'folder'):
+        assert sides_of(tmp_path / name, task) == expected
+        assert prepare.task_of(str(tmp_path / name)) == (task, False)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_parquet(tmp_path, task):
+    pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    records = [dict(record, note=None if i % 2 else 'x') for i, record in enumerate(TASKS[task])]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / 'a.parquet', row_group_size=7)
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, TASKS[task])))
+    assert sides_of(tmp_path / 'a.parquet', task) == sides_of(tmp_path / 'a.jsonl', task)
+    assert prepare.unused == {'"note"': 30} and prepare.task_of(str(tmp_path / 'a.parquet')) == (task, False)
+
+
+def test_a_parquet_table_of_labels(script, tmp_path, tokenizer_folder, capsys):
+    pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    table = dict(label=[i % 2 for i in range(40)], text=[f'row {i}' for i in range(40)])
+    parquet.write_table(pyarrow.table(table), tmp_path / 'a.parquet')
+    pieces = read_labelled(str(tmp_path / 'a.parquet'))
+    assert {(p.label, p.content) for p in pieces} == {(str(i % 2), f'row {i}') for i in range(40)}
+    done = script('prepare.py', '--input=a.parquet', f'--tokenizer={tokenizer_folder}', '--dataset=./d')
+    assert "label '1': 20 of 20 texts" in done.stdout
+    script('prepare.py', '--input=a.parquet', f'--tokenizer={tokenizer_folder}', '--dataset=./d', '--task=pretrain',
+           '--val_fraction=0.3')
+    assert read_split('./d', 'train').mask.all()         # now each token is a target
+    parquet.write_table(pyarrow.table(dict(text=[b'x'])), tmp_path / 'b.parquet')
+    raw = (tmp_path / 'a.parquet').read_bytes()
+    (tmp_path / 'c.parquet').write_bytes(raw[:200] + raw[300:])
+    for name, words in (('b', 'record 1: "text" is not a text but'), ('c', 'c.parquet: ')):
+        with pytest.raises(SystemExit, match='2'):
+            list(read_pieces(str(tmp_path / f'{name}.parquet')))
+        line = capsys.readouterr().err
+        assert line.count('\n') == 1 and words in line, line
+
+
+def test_without_pyarrow_a_parquet_file_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__('sys').modules, 'pyarrow', None)
+    (tmp_path / 'a.parquet').write_bytes(b'PAR1')
+    with pytest.raises(SystemExit, match='2'):
+        list(read_pieces(str(tmp_path / 'a.parquet')))
+    assert 'need a package: pip install pyarrow' in capsys.readouterr().err
+
+
+def test_packed_text_and_tables(script, tmp_path, tokenizer, tokenizer_folder):
+    rows = 'label,text\n' + ''.join(f'{"ab"[i % 2]},row {i}\n' for i in range(40))
+    for name, text in (('novel.txt', TEXT * 40), ('mail.csv', rows)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / f'{name}.gz').write_bytes(gzip.compress(text.encode()))
+        plain, packed = (list(read_labelled(str(file)) if 'mail' in name else read_pieces(str(file)))
+                         for file in (tmp_path / name, tmp_path / f'{name}.gz'))
+        assert plain == packed
+    script('prepare.py', '--input=novel.txt.gz', f'--tokenizer={tokenizer_folder}', f'--dataset={tmp_path}/novel')
+    parts = [tokenizer.decode(read_split(str(tmp_path / 'novel'), split).tokens) for split in ('train', 'val')]
+    assert ''.join(parts) == TEXT * 40 + '<|endoftext|>'
+
+
+@pytest.mark.parametrize('spoil', [lambda raw: raw[:len(raw) // 2], lambda raw: b'no gzip' + raw,
+                                   lambda raw: raw[:90] + bytes(9) + raw[99:], lambda raw: raw[:-6] + b'\1' * 6])
+@pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.json.gz', 'a.txt.gz', 'a.csv.gz'])
+def test_a_damaged_gz_is_one_line(tmp_path, capsys, name, spoil):
+    text = {'l': '\n'.join(map(json.dumps, TASKS['pretrain'])), 'n': json.dumps(TASKS['pretrain']), 't': TEXT * 9,
+            'v': ''.join(f'{"ab"[i % 2]},row {i}\n' for i in range(99))}[name[-4]]
+    (tmp_path / name).write_bytes(spoil(gzip.compress(text.encode())))
+    with pytest.raises(SystemExit, match='2'):
+        list((read_labelled if 'csv' in name else read_pieces)(str(tmp_path / name)))
+    line = capsys.readouterr().err
+    assert line.count('\n') == 1 and f'{name}:' in line and '--on_error=skip' in line, line
+
+
+def test_progress_of_a_gz_is_of_the_packed_file(tmp_path, monkeypatch):
+    (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress('\n'.join(map(json.dumps, TASKS['sft'])).encode()))
+    shown = []
+    monkeypatch.setattr(prepare.Progress, 'show', lambda self, fraction: shown.append(fraction))
+    list(read_pieces(str(tmp_path / 'a.jsonl.gz'), 'sft'))
+    assert len(shown) == 60 and 0 < max(shown) <= 1
+
+
+@pytest.mark.parametrize('kinds', ['sft pretrain', 'pretrain sft', 'dpo sft', 'sft dpo'])
+def test_a_folder_of_mixed_kinds_is_one_line(script, tmp_path, tokenizer_folder, kinds):
+    (tmp_path / 'mix').mkdir()
+    for name, kind in zip('ab', kinds.split()):
+        (tmp_path / 'mix' / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, TASKS[kind])))
+    line = script('prepare.py', '--input=mix', f'--tokenizer={tokenizer_folder}', '--dataset=./d', code=2).stderr
+    assert 'mix/b.jsonl:1: no field ' in line
+
+
+# ---- how documents open, and whose layout they have ----
+
+@pytest.fixture
+def opens(tokenizer):
+    """A tokenizer whose model was trained on documents that <|im_start|> opens, as MiniMind's are."""
+    return Tokenizer(tokenizer.backend, words=dict(bos_token='<|im_start|>', eos_token=dict(content='<|im_end|>')))
+
+
+def test_documents_open_as_the_model_was_trained(tmp_path, tokenizer, opens):
+    assert (opens.bos, opens.eot) == (1, 0)
+    pieces = [Piece('train', 'one'), Piece('train', 'two', ends_document=False), Piece('train', ' three',
+              begins_document=False), Piece('train', '<|im_start|>four'), Piece('val', 'five')]
+    tokenizer.backend.encode_special_tokens = False
+    try:
+        write_data(str(tmp_path / 'a'), opens, pieces, 'test')
+        write_data(str(tmp_path / 'b'), tokenizer, pieces, 'test')
+    finally:
+        tokenizer.backend.encode_special_tokens = True
+    one, two, three, four = (tokenizer.encode(text) for text in ('one', 'two', ' three', 'four'))
+    data, ours = (read_split(str(tmp_path / name), 'train') for name in 'ab')
+    assert data.tokens.tolist() == [1, *one, 0, 1, *two, *three, 0, 1, *four, 0]
+    assert ours.tokens.tolist() == [*one, 0, *two, *three, 0, 1, *four, 0] and ours.mask.all()
+    # what is added is no target; what the text has is
+    assert [i for i, target in enumerate(data.mask) if not target] == [0, len(one) + 2]
+    assert data.offsets.tolist() == [0, len(one) + 2, len(one) + len(two) + len(three) + 4, len(data.tokens)]
+
+
+def test_a_long_text_opens_once(tmp_path, opens):
+    (tmp_path / 'a.txt').write_text(TEXT * 9)
+    assert [piece.begins_document for piece in prepare.read_txt(str(tmp_path / 'a.txt'), 0.1, size=200)][:3] == [
+        True, False, False]
+    write_data(str(tmp_path / 'd'), opens, read_pieces(str(tmp_path / 'a.txt')), 'a.txt')
+    train, val = (read_split(str(tmp_path / 'd'), split) for split in ('train', 'val'))
+    assert train.tokens.tolist().count(1) == 1 and train.tokens[0] == 1 and not (val.tokens == 1).any()
+
+
+@pytest.mark.parametrize('task', ['sft', 'dpo'])
+def test_data_of_another_layout_is_refused(tmp_path, tokenizer, capsys, task):
+    """Same ids, so the same fingerprint."""
+    run, folder = Run(None, None, 0, 1), str(tmp_path / 'd')
+    other = Tokenizer(tokenizer.backend, 'minimind', dict(chat_template=DEFAULT))
+    content = ((USER, ANSWER),) if task == 'sft' else ((USER, ANSWER), NO)
+    write_data(folder, other, [Piece(split, content) for split in ('train', 'val')], 'test', task)
+    assert open_data(run, folder, task, other) and open_data(run, folder, task)
+    with pytest.raises(SystemExit, match='2'):
+        open_data(run, folder, task, tokenizer)
+    line = capsys.readouterr().err
+    assert line.count('\n') == 1 and 'was laid out otherwise than by gpt2: run `python prepare.py' in line
