@@ -1,15 +1,19 @@
 """Conversations exact: what is trained is what a model's own chat template renders, token for token; records
 of other projects; documents that open as the model was trained. MINIMIND names a clone of that project."""
 import gzip
+import io
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TEXT
 
 import prepare
+import sample
 from configurator import Run
 from prepare import Piece, messages_of, open_data, pair_of, read_labelled, read_pieces, read_split, write_data
 from train_tokenizer import ChatML, Tokenizer, encode_chat, load_tokenizer, own_template, train_bpe
@@ -426,7 +430,7 @@ def test_a_parquet_table_of_labels(script, tmp_path, tokenizer_folder, capsys):
 
 
 def test_without_pyarrow_a_parquet_file_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__('sys').modules, 'pyarrow', None)
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
     (tmp_path / 'a.parquet').write_bytes(b'PAR1')
     with pytest.raises(SystemExit, match='2'):
         list(read_pieces(str(tmp_path / 'a.parquet')))
@@ -524,3 +528,40 @@ def test_data_of_another_layout_is_refused(tmp_path, tokenizer, capsys, task):
         open_data(run, folder, task, tokenizer)
     line = capsys.readouterr().err
     assert line.count('\n') == 1 and 'was laid out otherwise than by gpt2: run `python prepare.py' in line
+
+
+# ---- a conversation with the model ----
+
+SAID = {'ours': 'The rules.\n</think>\n\nThe keeper.', 'alpaca': 'The rules.\n</think>\n\nThe keeper.',
+        'last': '<think>\nThe rules.\n</think>\n\nThe keeper.', 'always': 'The rules.\n</think>\n\nThe keeper.'}
+
+
+@pytest.mark.parametrize('name', SAID)
+def test_a_conversation_with_thoughts_is_what_the_template_renders(with_template, monkeypatch, capsys, name):
+    tokenizer, theirs = with_template(name, TEMPLATES[name]())
+    prompts = []
+
+    def generate(model, tokens, *_, **how):
+        prompts.append(tokenizer.decode(tokens[0].tolist()))
+        answer = tokenizer.encode(SAID[name] if len(prompts) != 2 else SAID[name][:16])     # is cut short
+        yield from (torch.tensor([token]) for token in answer)
+    monkeypatch.setattr(sample, 'generate', generate)
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'Who?\nAnd?\nWho?\n/reset\nWho?\n/exit\nno\n')))
+    model = torch.nn.Linear(1, 1)
+    model.config = type('Config', (), dict(context=4096))
+    sample.converse(model, tokenizer, 'Keep it.', True, 50)
+    half = SAID[name][:16].removeprefix('<think>').strip()
+    history = [say('system', 'Keep it.'), say('user', 'Who?'),
+               say('assistant', 'The keeper.', reasoning_content='The rules.'), say('user', 'And?'),
+               say('assistant', '', reasoning_content=half), say('user', 'Who?')]
+    asked = [history[:2], history[:4], history, history[:2]]
+    assert prompts == [theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                                  enable_thinking=True, open_thinking=True) for messages in asked]
+    assert capsys.readouterr().out.count('The keeper.') == 3
+
+
+def test_thinking_without_a_place_for_thoughts_is_refused(with_template, capsys):
+    tokenizer, _ = with_template('default', DEFAULT)
+    with pytest.raises(SystemExit, match='2'):
+        sample.converse(torch.nn.Linear(1, 1), tokenizer, '', True, 50)
+    assert '--thinking: the chat template of this model has no place for thoughts' in capsys.readouterr().err
