@@ -339,17 +339,17 @@ def pair_of(record):
         return value if isinstance(value, list) else [
             value if isinstance(value, dict) else dict(role=role, content=value)]
 
-    sides, before = [], next((turns_of(record[key], 'user') for key in PROMPTS if key in record), None)
+    sides = []
     for key in ('chosen', 'rejected'):
-        value = record[field_of(record, key)]
-        if before:
-            turns = turns_of(value, 'assistant')
-            asks = any(turn.get('role', turn.get('from')) in ('user', 'human') for turn in turns if
-                       isinstance(turn, dict))
-            value = turns if asks else before + turns
+        answer = record[field_of(record, key)]
+        prompt = next((record[field] for field in PROMPTS if field in record), None)
         try:
-            sides.append(messages_of({**record, 'output': value} if 'instruction' in record else dict(
-                messages=value, tools=record.get('tools'))))
+            if prompt:
+                turns = turns_of(answer, 'assistant')
+                asks = any(turn[field_of(turn, 'role', 'from')] in ('user', 'human') for turn in turns)
+                answer = turns if asks else turns_of(prompt, 'user') + turns
+            kind = 'output' if 'instruction' in record else 'conversations'
+            sides.append(messages_of({**record, kind: answer}))
         except ValueError as e:
             raise ValueError(f'"{key}": {e}') from None
     (*prompt, chosen), (*other, rejected) = sides

@@ -151,9 +151,12 @@ def read_words(folder):
     if os.path.isfile(path):
         template = ''.join(text_parts(path))
     if isinstance(template, list):                          # several by name
-        template = next((t['template'] for t in template if t.get('name') == 'default'), None)
-    return {**words, 'chat_template': template} if isinstance(template, str) else {
-        key: value for key, value in words.items() if key != 'chat_template'}, generation
+        template = next((t.get('template') for t in template if isinstance(t, dict)
+                         and t.get('name') == 'default'), None)
+    words = {key: value for key, value in words.items() if key != 'chat_template'}
+    words.update(dict(chat_template=template) if isinstance(template, str) else {})
+    json.dumps([words, generation], ensure_ascii=False).encode()        # half of a surrogate pair: ValueError
+    return words, generation
 
 
 def load_tokenizer(source):
@@ -166,7 +169,7 @@ def load_tokenizer(source):
     try:
         words = read_words(source)
     except (OSError, ValueError) as e:
-        fail(str(e))
+        fail(str(e) if str(source) in str(e) else f"{getattr(e, 'where', source)}: {e}")
     try:
         check_parts(read_json(path))
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(path), source, *words)
@@ -187,8 +190,9 @@ def check_parts(state):
     """ValueError over what makes the library panic, or take all memory, in a tokenizer.json, as a dict."""
     model = state.get('model') if isinstance(state.get('model'), dict) else {}
     vocab = model.get('vocab') if isinstance(model.get('vocab'), dict) else {}
-    if any(type(i) is int and i >= 1 << 24 for i in vocab.values()):
-        raise ValueError(f"an id is above {1 << 24:,}")
+    ids = [i for i in vocab.values() if type(i) is int]
+    if max(ids, default=0) >= 1 << 24 or len({*ids}) < len(ids):
+        raise ValueError(f"an id is above {1 << 24:,}, or is that of two tokens")
     if model.get('continuing_subword_prefix') and model.get('type', 'BPE') == 'BPE':
         raise ValueError("BPE with a continuing_subword_prefix is not supported")
     parts = json.dumps([state.get('normalizer'), state.get('pre_tokenizer')])
