@@ -64,6 +64,9 @@ debug_mask = False          # print the first document, token by token with its 
 print_text = False          # print the text that would be tokenised, as JSON lines, and stop
 
 SHAREGPT = dict(human='user', gpt='assistant', function_call='assistant', observation='tool')
+# who may speak after whom: an assistant may greet first, or speak twice
+AFTER = {'': ('user', 'assistant', 'system'), 'system': ('user', 'assistant'), 'user': ('assistant',),
+         'assistant': ('user', 'assistant', 'tool'), 'tool': ('assistant', 'tool')}
 PROMPTS = 'prompt', 'conversations', 'messages'         # where a pair may have what both sides answer
 FORMAT = 1                  # of the prepared folder; raised when its meaning changes
 SPLITS = ('train', 'val', 'test')
@@ -144,10 +147,11 @@ def read_records(file, parse, on_error='stop'):
     a table a dict, and raises ValueError with the reason if it is not what it should be.
     """
     with checking(file, on_error):
-        reader = READERS[ending(file)]
+        if ending(file) == '.txt':
+            raise ValueError("a .txt file is for pretraining")
         if not os.path.getsize(file):
             raise ValueError("the file is empty")
-        for where, record in reader(file):
+        for where, record in READERS[ending(file)](file):
             with checking(where, on_error):
                 if isinstance(record, bytes):
                     record = DECODER.decode(record.decode('utf-8-sig'))
@@ -229,14 +233,13 @@ def parquet_rows(file):
         from pyarrow import parquet
     except ImportError:
         fail(f"{file}: .parquet files need a package: pip install pyarrow")
-    table, progress, number = parquet.ParquetFile(file), Progress(f'reading {file}'), 0
-    for batch in table.iter_batches(1024):              # which holds one row group in memory
-        for row in batch.to_pylist():
-            number += 1
-            progress.show(number / table.metadata.num_rows)
-            # dates and bytes are no JSON, and as a list they are no text
-            row = json.loads(json.dumps(row, default=lambda value: [str(value)]))
-            yield f'{file}, record {number}', {key: value for key, value in row.items() if value is not None}
+    table, progress = parquet.ParquetFile(file), Progress(f'reading {file}')
+    rows = (row for group in table.iter_batches(1024) for row in group.to_pylist())
+    for number, row in enumerate(rows, 1):              # one row group is held in memory
+        progress.show(number / table.metadata.num_rows)
+        # dates and bytes are no JSON, and as a list they are no text
+        row = json.loads(json.dumps(row, default=lambda value: [str(value)]))
+        yield f'{file}, record {number}', {key: value for key, value in row.items() if value is not None}
 
 
 READERS = {'.jsonl': json_lines, '.json': json_list, '.csv': table_rows, '.tsv': table_rows,
@@ -286,7 +289,8 @@ def from_turn(turn, what):
     if role == 'assistant' and (thought := turn.get('reasoning_content')):
         more['reasoning_content'] = check_text(thought, f"the thought of {what}").strip()
     if role == 'assistant' and (calls := items_of(turn.get('tool_calls'))):
-        calls = [call['function'] if field_of(call, 'function', 'name') == 'function' else call for call in calls]
+        calls = [call['function'] if field_of(call, 'function', 'name') == 'function' else call
+                 for call in calls]
         more['tool_calls'] = [dict(name=check_text(call[field_of(call, 'name')], f"the call of {what}"),
                                    arguments=call.get('arguments') or {}) for call in calls]
     if isinstance(content, list):                       # of parts; of an image it has no text
@@ -306,20 +310,17 @@ def items_of(value):
 
 
 def messages_of(record):
-    """The conversation in a record, as encode_chat takes it, stripped. A system message may come first. The
-    user, and what a tool returned, are answered; the assistant may greet first, or speak twice. What follows
-    the last answer teaches nothing, and is left out."""
+    """The conversation in a record, as encode_chat takes it, stripped. What follows the last answer teaches
+    nothing, and is left out."""
     field = field_of(record, 'conversations', 'messages', 'instruction')
     turns = record[field] if field != 'instruction' else []
     if not isinstance(turns, list) or not turns and field != 'instruction':
         raise ValueError(f'"{field}" is not a list of turns but {json.dumps(turns)[:40]}')
     messages = [from_turn(turn, f"turn {i}") for i, turn in enumerate(turns, 1)] or from_instruction(record)
-    roles = ['', *(message['role'] for message in messages)]
-    for i, (before, role) in enumerate(zip(roles, roles[1:]), 1):
-        expected = 'assistant' if before in ('user', 'tool') else 'user'
-        if not (role in ('assistant', expected) or (role, i) == ('system', 1)
-                or role == 'tool' and before in ('assistant', 'tool')):
-            raise ValueError(f"turn {i} is the {role}'s, where the {expected}'s is expected")
+    roles = [message['role'] for message in messages]
+    for i, (before, role) in enumerate(zip(['', *roles], roles), 1):
+        if role not in AFTER[before]:
+            raise ValueError(f"turn {i} is the {role}'s, where the {AFTER[before][0]}'s is expected")
     if 'user' not in roles or 'assistant' not in roles[roles.index('user'):]:
         raise ValueError("no turn is the user's, or nothing answers it")
     for turn, message in zip(turns, messages):
@@ -452,23 +453,21 @@ def read_pieces(source, task='pretrain', val_fraction=0.05, on_error='stop'):
         return Piece(split, content, label=label if isinstance(label := record.get('label'), str) else '')
 
     files, lots, piece = files_of(source), {}, None
-    for file in [file for file in files if ending(file) == '.txt']:
+    texts = [file for file in files if ending(file) == '.txt' and task == 'pretrain']
+    for file in texts:
         with checking(file, on_error):
-            if task != 'pretrain':
-                raise ValueError(f"a .txt file is for pretraining, and this is for the task {task!r}")
             if not any(text.strip() for text in text_parts(file)):
                 raise ValueError("the file is empty")
             lots[file] = lot_of(text_parts(file))
     for file in files:
         with checking(file, on_error):
+            pieces = ()
             if file in lots:
                 val = lots[file] <= max(val_fraction, min(lots.values()))
                 pieces = read_txt(file, val_fraction, ('train', 'val')[val] if len(lots) > 1 else None)
-            elif ending(file) != '.txt':
+            elif file not in texts:
                 pieces = (piece._replace(where=where) for where, piece in
                           read_records(file, piece_of, on_error))
-            else:
-                continue
             for piece in pieces:
                 yield piece
     if not piece:
@@ -548,25 +547,20 @@ def encode_texts(tokenizer, pieces):
 def encode_conversations(tokenizer, pieces):
     """For instruction tuning: what the assistant says is target. For preferences: a pair is two documents."""
     for piece in pieces:
-        messages, *other = piece.content
         with checking(piece.where, on_error):           # the layout may have no place for something
-            documents = ([encode_chat(tokenizer, messages)] if not other else
-                         encode_pair(tokenizer, messages, *other))
+            documents = (encode_pair(tokenizer, *piece.content) if len(piece.content) == 2 else
+                         [encode_chat(tokenizer, *piece.content)])
             yield from ((piece, *document) for document in documents)
-
-
-def label_and_text(record):
-    label, text = (record[field_of(record, field)] for field in ('label', 'text'))
-    label = str(label) if type(label) is int else label         # a number in a .parquet file
-    return check_text(label, 'the label').strip(), check_text(text, 'the text').strip()
 
 
 # task: (record -> what is encoded, (tokenizer, Pieces) -> (Piece, ids, mask) of each document, fields used)
 TASKS = dict(
     pretrain=(lambda record: check_text(record[field_of(record, 'text')], '"text"'), encode_texts, ['text']),
-    # only the last token is a target, where the classifier reads (chapter I-7)
-    cls=(label_and_text, lambda *of: (
-        (piece, ids, [0] * (len(ids) - 1) + [1]) for piece, ids, _ in encode_texts(*of)), ['label', 'text']),
+    # a label may be a number in a .parquet file. Only the last token is a target, where the classifier reads
+    cls=(lambda record: [check_text(str(value) if type(value := record[field_of(record, field)]) is int
+                                    else value, f'the {field}').strip() for field in ('label', 'text')],
+         lambda *of: ((piece, ids, [0] * (len(ids) - 1) + [1]) for piece, ids, _ in encode_texts(*of)),
+         ['label', 'text']),
     sft=(lambda record: (messages_of(record),), encode_conversations,
          ['conversations', 'messages', 'instruction', 'input', 'output', 'tools']),
     dpo=(pair_of, encode_conversations, ['chosen', 'rejected', 'instruction', 'input', 'tools', *PROMPTS]))
@@ -779,11 +773,9 @@ def open_data(run, dataset, task, tokenizer=''):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer and task in ('sft', 'dpo'):
         tokenizer.take_own_layout(run.rank == 0)
-        layout = load_tokenizer(folder).layout
-    how = '' if not tokenizer else 'tokenised' if meta['tokenizer'] != tokenizer.fingerprint else (
-        'laid out' if task in ('sft', 'dpo') and layout != tokenizer.layout else '')
-    if how:
-        fail(f"{folder} was {how} otherwise than by {made_with}: run `python prepare.py "
+    if tokenizer and (meta['tokenizer'] != tokenizer.fingerprint or task in ('sft', 'dpo') and (
+            load_tokenizer(folder).layout != tokenizer.layout)):
+        fail(f"{folder} was tokenised otherwise than by {made_with}: run `python prepare.py "
              f"--dataset={dataset} --tokenizer={made_with}`"
              + (f" with --input={meta['source']}" if os.path.isabs(meta['source']) else ""))
     splits = [read_split(dataset, split) for split in SPLITS[:3 if task == 'cls' else 2]]

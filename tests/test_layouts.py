@@ -527,7 +527,7 @@ def test_data_of_another_layout_is_refused(tmp_path, tokenizer, capsys, task):
     with pytest.raises(SystemExit, match='2'):
         open_data(run, folder, task, tokenizer)
     line = capsys.readouterr().err
-    assert line.count('\n') == 1 and 'was laid out otherwise than by gpt2: run `python prepare.py' in line
+    assert line.count('\n') == 1 and 'was tokenised otherwise than by gpt2: run `python prepare.py' in line
 
 
 # ---- a conversation with the model ----
