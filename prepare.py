@@ -67,7 +67,6 @@ SHAREGPT = dict(human='user', gpt='assistant', function_call='assistant', observ
 # who may speak after whom: an assistant may greet first, or speak twice
 AFTER = {'': ('user', 'assistant', 'system'), 'system': ('user', 'assistant'), 'user': ('assistant',),
          'assistant': ('user', 'assistant', 'tool'), 'tool': ('assistant', 'tool')}
-PROMPTS = 'prompt', 'conversations', 'messages'         # where a pair may have what both sides answer
 FORMAT = 1                  # of the prepared folder; raised when its meaning changes
 SPLITS = ('train', 'val', 'test')
 # What meta.json holds; 'test' and 'labels' only of some sets.
@@ -313,10 +312,11 @@ def messages_of(record):
     """The conversation in a record, as encode_chat takes it, stripped. What follows the last answer teaches
     nothing, and is left out."""
     field = field_of(record, 'conversations', 'messages', 'instruction')
-    turns = record[field] if field != 'instruction' else []
-    if not isinstance(turns, list) or not turns and field != 'instruction':
+    turns = [] if field == 'instruction' else record[field]
+    messages = from_instruction(record) if field == 'instruction' else isinstance(turns, list) and [
+        from_turn(turn, f"turn {i}") for i, turn in enumerate(turns, 1)]
+    if not messages:
         raise ValueError(f'"{field}" is not a list of turns but {json.dumps(turns)[:40]}')
-    messages = [from_turn(turn, f"turn {i}") for i, turn in enumerate(turns, 1)] or from_instruction(record)
     roles = [message['role'] for message in messages]
     for i, (before, role) in enumerate(zip(['', *roles], roles), 1):
         if role not in AFTER[before]:
@@ -333,22 +333,23 @@ def messages_of(record):
     return tuple(messages)
 
 
+def turns_of(value, role):
+    """A text, a turn or a list of turns -> turns."""
+    return value if isinstance(value, list) else [
+        value if isinstance(value, dict) else dict(role=role, content=value)]
+
+
 def pair_of(record):
     """(conversation that ends in the chosen answer, the rejected one, a message) of a record: two
-    conversations, or two answers to an instruction or a prompt, each a text, a turn or turns."""
-    def turns_of(value, role):
-        return value if isinstance(value, list) else [
-            value if isinstance(value, dict) else dict(role=role, content=value)]
-
-    sides = []
+    conversations, or two answers to an instruction or a prompt."""
+    sides, prompt = [], field_of(record, 'chosen') and (record.get('prompt') or record.get('conversations'))
     for key in ('chosen', 'rejected'):
         answer = record[field_of(record, key)]
-        prompt = next((record[field] for field in PROMPTS if field in record), None)
         try:
             if prompt:
-                turns = turns_of(answer, 'assistant')
-                asks = any(turn[field_of(turn, 'role', 'from')] in ('user', 'human') for turn in turns)
-                answer = turns if asks else turns_of(prompt, 'user') + turns
+                answer = turns_of(answer, 'assistant')
+                asks = any(turn[field_of(turn, 'role', 'from')] in ('user', 'human') for turn in answer)
+                answer = turns_of(prompt, 'user') * (not asks) + answer
             kind = 'output' if 'instruction' in record else 'conversations'
             sides.append(messages_of({**record, kind: answer}))
         except ValueError as e:
@@ -563,7 +564,8 @@ TASKS = dict(
          ['label', 'text']),
     sft=(lambda record: (messages_of(record),), encode_conversations,
          ['conversations', 'messages', 'instruction', 'input', 'output', 'tools']),
-    dpo=(pair_of, encode_conversations, ['chosen', 'rejected', 'instruction', 'input', 'tools', *PROMPTS]))
+    dpo=(pair_of, encode_conversations, ['chosen', 'rejected', 'instruction', 'input', 'tools', 'prompt',
+          'conversations']))
 
 
 # ---- ids and mask -> arrays ----
