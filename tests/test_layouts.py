@@ -32,24 +32,29 @@ def say(role, content, **more):
 TOOLS = [dict(type='function', function=dict(name='tide', description='灯塔的潮汐',
                                              parameters=dict(type='object', properties={})))]
 CALL = dict(name='tide', arguments=dict(at='noon', n=1))
-SYSTEM, USER, ANSWER = say('system', 'Keep the light.'), say('user', 'Who reads?'), say('assistant', 'The keeper.')
+SYSTEM, USER = say('system', 'Keep the light.'), say('user', 'Who reads?')
+ANSWER, NO = say('assistant', 'The keeper.'), say('assistant', 'The sea.')
 THOUGHT = say('assistant', 'The keeper.', reasoning_content='The rules\n\nsay so.')
-USING = [USER, say('assistant', '', tool_calls=[CALL]), say('tool', '{"h": 3}'), ANSWER, say('user', 'And then?'),
-         say('assistant', 'I look.', tool_calls=[CALL, dict(name='f', arguments='{"a": 1}')]), say('tool', 'one'),
-         say('tool', 'two'), ANSWER]
+USING = [USER, say('assistant', '', tool_calls=[CALL]), say('tool', '{"h": 3}'), ANSWER,
+         say('user', 'And then?'),
+         say('assistant', 'I look.', tool_calls=[CALL, dict(name='f', arguments='{"a": 1}')]),
+         say('tool', 'one'), say('tool', 'two'), ANSWER]
 # name: (messages, whether an answer is asked for, tools)
 CHATS = {
     'user': ([USER], True, None), 'answer': ([USER, ANSWER], False, None),
-    'system': ([SYSTEM, USER, ANSWER], False, None), 'no system': ([say('system', ''), USER, ANSWER], False, None),
+    'system': ([SYSTEM, USER, ANSWER], False, None),
+    'no system': ([say('system', ''), USER, ANSWER], False, None),
     'turns': ([SYSTEM, USER, ANSWER, USER, ANSWER], False, None),
     'prompt': ([SYSTEM, USER, ANSWER, USER], True, None), 'greeting': ([SYSTEM, ANSWER, USER], True, None),
     'twice': ([USER, ANSWER, ANSWER, USER, ANSWER], False, None),
-    'thought': ([USER, THOUGHT], False, None), 'thoughts': ([SYSTEM, USER, THOUGHT, USER, THOUGHT], False, None),
+    'thought': ([USER, THOUGHT], False, None),
+    'thoughts': ([SYSTEM, USER, THOUGHT, USER, THOUGHT], False, None),
     'old thought': ([USER, THOUGHT, USER, ANSWER], False, None), 'then': ([USER, THOUGHT, USER], True, None),
     'tools': ([SYSTEM, *USING], False, TOOLS), 'tools alone': (USING, False, TOOLS),
     'a result': (USING[:3], True, TOOLS), 'two results': ([SYSTEM, *USING[:8]], True, TOOLS),
     'thought and call': ([USER, dict(THOUGHT, tool_calls=[CALL]), say('tool', 'x'), THOUGHT], False, TOOLS),
-    'written out': ([USER, USING[1], say('user', '<tool_response>\nx\n</tool_response>'), THOUGHT], False, TOOLS),
+    'written out': ([USER, USING[1], say('user', '<tool_response>\nx\n</tool_response>'), THOUGHT], False,
+                    TOOLS),
 }
 
 # ---- templates, each of a kind that differs from the others ----
@@ -57,8 +62,8 @@ CHATS = {
 TURN = "'<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n'"
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 PLAIN = "{% for m in messages %}{{ " + TURN + " }}{% endfor %}" + PROMPT
-DEFAULT = ("{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}{% endif %}"
-           + PLAIN)
+DEFAULT = ("{% if messages[0].role != 'system' %}"
+           "{{ '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}{% endif %}" + PLAIN)
 HEAD = """{% if tools %}{{ '<|im_start|>system\\n' }}
 {%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n\\n' }}{% endif %}{{ INTRO }}
 {%- for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}{{ OUTRO + '<|im_end|>\\n' }}
@@ -119,8 +124,10 @@ TEMPLATES = {
         "{% endif %}\n{%- endif %}", "{% else %}{{ '<think>\\n' }}{% endif %}\n{%- endif %}"),
 }
 FOUND = dict(ours=ChatML(), alpaca=None,
-             plain=ChatML('', 'given', '', False, False), default=ChatML('Be brief.', 'given', '', False, False),
-             last=ChatML('', 'last', '', True, False), always=ChatML('', 'always', '<think>\n', True, False))
+             plain=ChatML('', 'given', '', False, False),
+             default=ChatML('Be brief.', 'given', '', False, False),
+             last=ChatML('', 'last', '', True, False),
+             always=ChatML('', 'always', '<think>\n', True, False))
 
 
 @pytest.fixture(scope='module')
@@ -150,10 +157,10 @@ def compare(tokenizer, theirs, chat):
             encode_chat(tokenizer, used, prompt)
         return
     for thinking in (False, True) if prompt else (False,):
-        off = {} if not tokenizer.layout or tokenizer.layout.thinks == 'given' and not thinking else {
-            'enable_thinking': thinking, 'open_thinking': thinking}
-        off = {'enable_thinking': thinking} if not tokenizer.layout else off
-        text = theirs.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **off)
+        given = tokenizer.layout and tokenizer.layout.thinks == 'given'         # and not thinking by default
+        off = {} if given and not thinking else dict(enable_thinking=thinking, open_thinking=thinking)
+        text = theirs.apply_chat_template(messages, tools=tools, tokenize=False,
+                                          add_generation_prompt=prompt, **off)
         assert tokenizer.decode(encode_chat(tokenizer, used, prompt, thinking)[0]) == text
 
 
@@ -183,24 +190,28 @@ def test_the_official_templates_are_rendered_exactly(tmp_path, commit):
         listed = subprocess.run(['git', '-C', clone, 'ls-tree', '-r', '--name-only', commit], text=True,
                                 capture_output=True, check=True).stdout.splitlines()
         path = next(path for path in listed if Path(path).name == name)
-        (tmp_path / name).write_bytes(subprocess.run(['git', '-C', clone, 'show', f'{commit}:{path}'], check=True,
-                                                     capture_output=True).stdout)
-    tokenizer, theirs = load_tokenizer(str(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+        shown = subprocess.run(['git', '-C', clone, 'show', f'{commit}:{path}'], check=True,
+                               capture_output=True)
+        (tmp_path / name).write_bytes(shown.stdout)
+    tokenizer = load_tokenizer(str(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.layout == MINIMIND[commit] and not tokenizer.strange
     assert (tokenizer.bos, tokenizer.eot, tokenizer.ends) == (1, 0, {0, 2})
     given = tokenizer.layout.thinks == 'given'
-    for chat, (messages, prompt, _) in CHATS.items():
-        if commit == '274483c' and (not prompt and messages[-1]['role'] == 'user' or chat in ('greeting', 'twice')):
-            continue                                    # where its template opens answers by itself
+    for chat in CHATS:
+        if commit == '274483c' and chat in ('greeting', 'twice'):
+            continue                                    # its template opens an answer behind a question only
         if not (given and ('thought' in chat or chat in ('then', 'written out'))):
             compare(tokenizer, theirs, chat)
 
 
 @pytest.mark.parametrize('template', [
-    PLAIN.replace('im_start', 'start'), PLAIN + '{{ bos_token }}', '{{ raise_exception("no") }}', '{% for %}', '',
-    '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x', "{{ 'x' * 10**10 }}",
+    PLAIN.replace('im_start', 'start'), PLAIN + '{{ bos_token }}',
+    '{{ raise_exception("no") }}', '{% for %}', '',
+    '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x',
+    "{{ 'x' * 10**10 }}",
     '{{ 9 ** 9 ** 9 }}', '(' * 9999, '{{' + '(' * 9999, '{% if 1 %}' * 300, 'x' * 3_000_000])
-def test_a_template_that_is_unknown_is_one_line_and_ours_after_training(tmp_path, tokenizer, capsys, template):
+def test_an_unknown_template_is_one_line_and_ours_after_training(tmp_path, tokenizer, capsys, template):
     other = Tokenizer(tokenizer.backend, 'hf', dict(chat_template=template, bos_token='<|endoftext|>'))
     assert other.layout == ChatML() and other.strange == bool(template)
     other.take_own_layout()
@@ -213,29 +224,27 @@ def test_a_template_that_is_unknown_is_one_line_and_ours_after_training(tmp_path
 
 # ---- the mask ----
 
-def said(tokenizer, messages, thinking=False):
+def said(tokenizer, messages):
+    """What is target. The prompt for the last answer is a prefix of all, and none of it is a target."""
     ids, mask = encode_chat(tokenizer, messages)
-    for i, message in enumerate(messages):              # what a prompt holds is no target, and goes before it
-        if message['role'] == 'assistant' and i == len(messages) - 1:
-            prompt = encode_chat(tokenizer, messages[:i], True, 'reasoning_content' in message)[0]
-            assert ids[:len(prompt)] == prompt and not any(mask[len(prompt) - 1:len(prompt)]) and mask[len(prompt)]
-    texts, ids_said = [], [token for token, target in zip(ids, mask) if target]
-    for token in ids_said:
-        texts.append(tokenizer.decode([token]))
-    return ''.join(texts)
+    prompt, zeros = encode_chat(tokenizer, messages[:-1], True, 'reasoning_content' in messages[-1])
+    n = len(prompt)
+    assert ids[:n] == prompt and mask[:n] == zeros and mask[n - 1:n + 1] == [0, 1]
+    return ''.join(tokenizer.decode([token]) for token, target in zip(ids, mask) if target)
 
 
 @pytest.mark.parametrize('name, plain, thought', [
-    ('ours', 'The keeper.', '{T}'), ('alpaca', 'The keeper.', '{T}'), ('plain', 'The keeper.', '<think>\n{T}'),
-    ('last', 'The keeper.', '<think>\n{T}'), ('always', 'The keeper.', '{T}')])
+    ('ours', 'The keeper.', ''), ('alpaca', 'The keeper.', ''), ('plain', 'The keeper.', '<think>\n'),
+    ('last', 'The keeper.', '<think>\n'), ('always', 'The keeper.', '')])
 def test_targets_are_what_the_assistant_says_and_its_end(with_template, name, plain, thought):
     tokenizer, _ = with_template(name, TEMPLATES[name]())
     end = '<|endoftext|>' if name == 'alpaca' else '<|im_end|>'
-    thought = thought.replace('{T}', 'The rules\n\nsay so.\n</think>\n\n') + plain + end
+    thought += 'The rules\n\nsay so.\n</think>\n\n' + plain + end
     assert said(tokenizer, [SYSTEM, USER, ANSWER]) == plain + end
     assert said(tokenizer, [SYSTEM, USER, ANSWER, USER, ANSWER]) == 2 * (plain + end)
     assert said(tokenizer, [USER, THOUGHT]) == thought
-    assert said(tokenizer, [USER, THOUGHT, USER, THOUGHT]) == (plain + end if name == 'last' else thought) + thought
+    old = plain + end if name == 'last' else thought
+    assert said(tokenizer, [USER, THOUGHT, USER, THOUGHT]) == old + thought
     if tokenizer.layout and tokenizer.layout.tools:
         call = '<tool_call>\n{"name": "tide", "arguments": {"at": "noon", "n": 1}}\n</tool_call>'
         assert said(tokenizer, [dict(SYSTEM, tools=TOOLS), *USING[:4]]) == call + end + plain + end
@@ -244,17 +253,18 @@ def test_targets_are_what_the_assistant_says_and_its_end(with_template, name, pl
 # ---- records of other projects ----
 
 ARGUMENTS = '{"at": "noon", "n": 1}'
-WITH_CALL = (dict(USER, tools=TOOLS), say('assistant', '', tool_calls=[CALL]), say('tool', '{"h": 3}'), ANSWER)
+WITH_CALL = (dict(USER, tools=TOOLS), say('assistant', '', tool_calls=[CALL]),
+             say('tool', '{"h": 3}'), ANSWER)
 RECORDS = {
     'thoughts': (dict(conversations=[USER, THOUGHT]), (USER, THOUGHT)),
     'only thoughts': (dict(messages=[USER, dict(THOUGHT, content=None)]), (USER, dict(THOUGHT, content=''))),
     'minimind': (dict(conversations=[
         say('system', '# Tools ...', tools='[...]'), USER,
         say('assistant', '', tool_calls=json.dumps([CALL]), reasoning_content=None), WITH_CALL[2], ANSWER]),
-        (say('system', '# Tools ...', tools=['[...]']), *WITH_CALL[:0], USER, *WITH_CALL[1:])),
+        (say('system', '# Tools ...', tools=['[...]']), USER, *WITH_CALL[1:])),
     'openai': (dict(messages=[USER, dict(role='assistant', content=None, tool_calls=[
-        dict(id='1', type='function', function=dict(name='tide', arguments=ARGUMENTS))]), WITH_CALL[2], ANSWER],
-        tools=json.dumps(TOOLS)),
+        dict(id='1', type='function', function=dict(name='tide', arguments=ARGUMENTS))]),
+        WITH_CALL[2], ANSWER], tools=json.dumps(TOOLS)),
         (WITH_CALL[0], say('assistant', '', tool_calls=[dict(CALL, arguments=ARGUMENTS)]), *WITH_CALL[2:])),
     'no arguments': (dict(messages=[USER, dict(role='assistant', tool_calls=[dict(name='f')])]),
                      (USER, say('assistant', '', tool_calls=[dict(name='f', arguments={})]))),
@@ -262,10 +272,12 @@ RECORDS = {
                                      {'from': 'human', 'value': 'Who reads?'},
                                      {'from': 'function_call', 'value': json.dumps(CALL)},
                                      {'from': 'observation', 'value': '{"h": 3}'},
-                                     {'from': 'gpt', 'value': 'The keeper.'}]), (SYSTEM, USER, *WITH_CALL[1:])),
-    'parts': (dict(messages=[say('user', [dict(type='text', text='Who '), dict(type='text', text='reads?')]), ANSWER]),
+                                     {'from': 'gpt', 'value': 'The keeper.'}]),
+                 (SYSTEM, USER, *WITH_CALL[1:])),
+    'parts': (dict(messages=[say('user', [dict(type='text', text=t) for t in ('Who ', 'reads?')]), ANSWER]),
               (USER, ANSWER)),
-    'empty system': (dict(messages=[say('system', ' '), USER, ANSWER]), (say('system', ''), USER, ANSWER)),
+    'empty system': (dict(messages=[say('system', ' '), USER, ANSWER]),
+                     (say('system', ''), USER, ANSWER)),
     'greeting': (dict(messages=[SYSTEM, say('assistant', 'Hi'), USER, ANSWER]),
                  (SYSTEM, say('assistant', 'Hi'), USER, ANSWER)),
     'twice': (dict(messages=[USER, ANSWER, ANSWER, USER, ANSWER]), (USER, ANSWER, ANSWER, USER, ANSWER)),
@@ -284,20 +296,26 @@ def test_records_of_other_projects(name, tokenizer):
     assert any(mask) and prepare.plain_text([messages])
 
 
+def calls(calls, **more):
+    return dict(messages=[USER, say('assistant', None, tool_calls=calls, **more)])
+
+
 BAD = {
-    'role': (dict(messages=[say('function', 'x'), ANSWER]), "unknown role 'function'; there are system, user, assist"),
+    'role': (dict(messages=[say('function', 'x'), ANSWER]), "unknown role 'function'; there are"),
     'sharegpt role': (dict(conversations=[{'from': 'bing', 'value': 'x'}]), "unknown role 'bing'"),
     'list role': (dict(conversations=[{'from': ['x'], 'value': 'x'}]), "unknown role ['x']"),
     'no value': (dict(conversations=[{'from': 'human'}]), 'no field "value" among from'),
-    'image': (dict(messages=[say('user', [dict(type='image_url', image_url='x')]), ANSWER]), 'no field "text" among type'),
-    'no name': (dict(messages=[USER, say('assistant', None, tool_calls=[dict(id='1')])]), 'no field "function" or "name"'),
-    'no json': (dict(messages=[USER, say('assistant', '', tool_calls='f(x)')]), 'no field "function" or "name"'),
-    'nothing': (dict(messages=[USER, say('assistant', '', tool_calls='[]', reasoning_content='')]), 'is empty'),
-    'null': (dict(messages=[USER, say('assistant', None)]), 'turn 2, of the assistant, is not a text but null'),
+    'image': (dict(messages=[say('user', [dict(type='image_url', image_url='x')]), ANSWER]),
+              'no field "text" among type'),
+    'no name': (calls([dict(id='1')]), 'no field "function" or "name" among id'),
+    'no json': (calls('f(x)'), 'no field "function" or "name"'),
+    'nothing': (calls('[]', reasoning_content=''), 'turn 2, of the assistant, is not a text but null'),
+    'blank': (dict(messages=[USER, say('assistant', ' ', tool_calls=[])]),
+              'turn 2, of the assistant, is empty'),
     'thought': (dict(messages=[USER, say('assistant', 'x', reasoning_content=3)]), 'the thought of turn 2'),
-    'result': (dict(messages=[USER, say('tool', 'x'), ANSWER]), "turn 2 is the tool's, where the assistant's is expected"),
+    'result': (dict(messages=[USER, say('tool', 'x'), ANSWER]), "turn 2 is the tool's, where the as"),
     'asks twice': (dict(messages=[USER, ANSWER, WITH_CALL[2], USER, ANSWER]), "turn 4 is the user's"),
-    'half': (dict(messages=[USER, say('assistant', '', tool_calls=[dict(name='f', arguments='\ud83d')])]), 'surrogates'),
+    'half': (calls([dict(name='f', arguments='\ud83d')]), 'surrogates'),
     'half tool': (dict(messages=[USER, ANSWER], tools=[{'\ud83d': 1}]), 'surrogates'),
     'only a greeting': (dict(messages=[ANSWER, USER]), 'nothing answers it'),
 }
@@ -310,17 +328,15 @@ def test_records_that_stay_malformed(tmp_path, name, capsys):
     with pytest.raises(SystemExit, match='2'):
         list(read_pieces(str(tmp_path / 'a.jsonl'), 'sft'))
     line = capsys.readouterr().err
-    assert line.count('\n') == 1 and f'a.jsonl:1: ' in line and words in line, line
-
-
-NO = say('assistant', 'The sea.')
+    assert line.count('\n') == 1 and 'a.jsonl:1: ' in line and words in line, line
 
 
 @pytest.mark.parametrize('record, expected', [
     (dict(prompt='Who reads?', chosen='The keeper.', rejected='The sea.'), ((USER, ANSWER), NO)),
     (dict(prompt=[SYSTEM, USER], chosen=[ANSWER], rejected=[NO]), ((SYSTEM, USER, ANSWER), NO)),
     (dict(prompt='Who reads?', chosen=[USER, ANSWER], rejected=[USER, NO]), ((USER, ANSWER), NO)),
-    (dict(conversations=[{'from': 'human', 'value': 'Who reads?'}], chosen={'from': 'gpt', 'value': 'The keeper.'},
+    (dict(conversations=[{'from': 'human', 'value': 'Who reads?'}],
+          chosen={'from': 'gpt', 'value': 'The keeper.'},
           rejected={'from': 'gpt', 'value': 'The sea.'}), ((USER, ANSWER), NO)),
     (dict(chosen=[USER, THOUGHT], rejected=[USER, ANSWER]), ((USER, THOUGHT), ANSWER)),
     (dict(chosen=[USER, WITH_CALL[1]], rejected=[USER, ANSWER], tools=TOOLS), (WITH_CALL[:2], ANSWER)),
@@ -371,11 +387,10 @@ def test_the_tail_is_counted_aloud(script, tmp_path, tokenizer_folder):
 # ---- folders, .gz, .parquet ----
 
 TASKS = {
-    'pretrain': [dict(text=f'Rule {i}. {TEXT[:i]}', split=None) for i in range(60)],
-    'sft': [dict(messages=[say('user', f'Who {i}?'), dict(THOUGHT, tool_calls=json.dumps([CALL]))]) for i in range(60)],
+    'pretrain': [dict(text=f'Rule {i}. {TEXT[:i]}') for i in range(60)],
+    'sft': [dict(messages=[say('user', f'Who {i}?'), dict(THOUGHT, tool_calls=json.dumps([CALL]))])
+            for i in range(60)],
     'dpo': [dict(prompt=f'Who {i}?', chosen='I', rejected='it') for i in range(60)]}
-for record in TASKS['pretrain']:
-    del record['split']
 
 
 def sides_of(source, task):
@@ -416,8 +431,8 @@ def test_a_parquet_table_of_labels(script, tmp_path, tokenizer_folder, capsys):
     assert {(p.label, p.content) for p in pieces} == {(str(i % 2), f'row {i}') for i in range(40)}
     done = script('prepare.py', '--input=a.parquet', f'--tokenizer={tokenizer_folder}', '--dataset=./d')
     assert "label '1': 20 of 20 texts" in done.stdout
-    script('prepare.py', '--input=a.parquet', f'--tokenizer={tokenizer_folder}', '--dataset=./d', '--task=pretrain',
-           '--val_fraction=0.3')
+    script('prepare.py', '--input=a.parquet', f'--tokenizer={tokenizer_folder}', '--dataset=./d',
+           '--task=pretrain', '--val_fraction=0.3')
     assert read_split('./d', 'train').mask.all()         # now each token is a target
     parquet.write_table(pyarrow.table(dict(text=[b'x'])), tmp_path / 'b.parquet')
     raw = (tmp_path / 'a.parquet').read_bytes()
@@ -445,16 +460,18 @@ def test_packed_text_and_tables(script, tmp_path, tokenizer, tokenizer_folder):
         plain, packed = (list(read_labelled(str(file)) if 'mail' in name else read_pieces(str(file)))
                          for file in (tmp_path / name, tmp_path / f'{name}.gz'))
         assert plain == packed
-    script('prepare.py', '--input=novel.txt.gz', f'--tokenizer={tokenizer_folder}', f'--dataset={tmp_path}/novel')
-    parts = [tokenizer.decode(read_split(str(tmp_path / 'novel'), split).tokens) for split in ('train', 'val')]
+    script('prepare.py', '--input=novel.txt.gz', f'--tokenizer={tokenizer_folder}', '--dataset=./novel')
+    parts = [tokenizer.decode(read_split('./novel', split).tokens) for split in ('train', 'val')]
     assert ''.join(parts) == TEXT * 40 + '<|endoftext|>'
 
 
-@pytest.mark.parametrize('spoil', [lambda raw: raw[:len(raw) // 2], lambda raw: b'no gzip' + raw,
-                                   lambda raw: raw[:90] + bytes(9) + raw[99:], lambda raw: raw[:-6] + b'\1' * 6])
+@pytest.mark.parametrize('spoil', [
+    lambda raw: raw[:len(raw) // 2], lambda raw: b'no gzip' + raw,
+    lambda raw: raw[:90] + bytes(9) + raw[99:], lambda raw: raw[:-6] + b'\1' * 6])
 @pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.json.gz', 'a.txt.gz', 'a.csv.gz'])
 def test_a_damaged_gz_is_one_line(tmp_path, capsys, name, spoil):
-    text = {'l': '\n'.join(map(json.dumps, TASKS['pretrain'])), 'n': json.dumps(TASKS['pretrain']), 't': TEXT * 9,
+    texts = TASKS['pretrain']
+    text = {'l': '\n'.join(map(json.dumps, texts)), 'n': json.dumps(texts), 't': TEXT * 9,
             'v': ''.join(f'{"ab"[i % 2]},row {i}\n' for i in range(99))}[name[-4]]
     (tmp_path / name).write_bytes(spoil(gzip.compress(text.encode())))
     with pytest.raises(SystemExit, match='2'):
@@ -476,7 +493,8 @@ def test_a_folder_of_mixed_kinds_is_one_line(script, tmp_path, tokenizer_folder,
     (tmp_path / 'mix').mkdir()
     for name, kind in zip('ab', kinds.split()):
         (tmp_path / 'mix' / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, TASKS[kind])))
-    line = script('prepare.py', '--input=mix', f'--tokenizer={tokenizer_folder}', '--dataset=./d', code=2).stderr
+    line = script('prepare.py', '--input=mix', f'--tokenizer={tokenizer_folder}', '--dataset=./d',
+                  code=2).stderr
     assert 'mix/b.jsonl:1: no field ' in line
 
 
@@ -485,7 +503,8 @@ def test_a_folder_of_mixed_kinds_is_one_line(script, tmp_path, tokenizer_folder,
 @pytest.fixture
 def opens(tokenizer):
     """A tokenizer whose model was trained on documents that <|im_start|> opens, as MiniMind's are."""
-    return Tokenizer(tokenizer.backend, words=dict(bos_token='<|im_start|>', eos_token=dict(content='<|im_end|>')))
+    words = dict(bos_token='<|im_start|>', eos_token=dict(content='<|im_end|>'))
+    return Tokenizer(tokenizer.backend, words=words)
 
 
 def test_documents_open_as_the_model_was_trained(tmp_path, tokenizer, opens):
@@ -509,8 +528,8 @@ def test_documents_open_as_the_model_was_trained(tmp_path, tokenizer, opens):
 
 def test_a_long_text_opens_once(tmp_path, opens):
     (tmp_path / 'a.txt').write_text(TEXT * 9)
-    assert [piece.begins_document for piece in prepare.read_txt(str(tmp_path / 'a.txt'), 0.1, size=200)][:3] == [
-        True, False, False]
+    parts = prepare.read_txt(str(tmp_path / 'a.txt'), 0.1, size=200)
+    assert [piece.begins_document for piece in parts][:3] == [True, False, False]
     write_data(str(tmp_path / 'd'), opens, read_pieces(str(tmp_path / 'a.txt')), 'a.txt')
     train, val = (read_split(str(tmp_path / 'd'), split) for split in ('train', 'val'))
     assert train.tokens.tolist().count(1) == 1 and train.tokens[0] == 1 and not (val.tokens == 1).any()
@@ -532,8 +551,8 @@ def test_data_of_another_layout_is_refused(tmp_path, tokenizer, capsys, task):
 
 # ---- a conversation with the model ----
 
-SAID = {'ours': 'The rules.\n</think>\n\nThe keeper.', 'alpaca': 'The rules.\n</think>\n\nThe keeper.',
-        'last': '<think>\nThe rules.\n</think>\n\nThe keeper.', 'always': 'The rules.\n</think>\n\nThe keeper.'}
+SAID = {name: 'The rules.\n</think>\n\nThe keeper.' for name in ('ours', 'alpaca', 'always')}
+SAID['last'] = '<think>\n' + SAID['ours']
 
 
 @pytest.mark.parametrize('name', SAID)
@@ -546,7 +565,8 @@ def test_a_conversation_with_thoughts_is_what_the_template_renders(with_template
         answer = tokenizer.encode(SAID[name] if len(prompts) != 2 else SAID[name][:16])     # is cut short
         yield from (torch.tensor([token]) for token in answer)
     monkeypatch.setattr(sample, 'generate', generate)
-    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'Who?\nAnd?\nWho?\n/reset\nWho?\n/exit\nno\n')))
+    typed = io.BytesIO(b'Who?\nAnd?\nWho?\n/reset\nWho?\n/exit\nno\n')
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(typed))
     model = torch.nn.Linear(1, 1)
     model.config = type('Config', (), dict(context=4096))
     sample.converse(model, tokenizer, 'Keep it.', True, 50)
@@ -555,8 +575,8 @@ def test_a_conversation_with_thoughts_is_what_the_template_renders(with_template
                say('assistant', 'The keeper.', reasoning_content='The rules.'), say('user', 'And?'),
                say('assistant', '', reasoning_content=half), say('user', 'Who?')]
     asked = [history[:2], history[:4], history, history[:2]]
-    assert prompts == [theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                                  enable_thinking=True, open_thinking=True) for messages in asked]
+    how = dict(tokenize=False, add_generation_prompt=True, enable_thinking=True, open_thinking=True)
+    assert prompts == [theirs.apply_chat_template(messages, **how) for messages in asked]
     assert capsys.readouterr().out.count('The keeper.') == 3
 
 
