@@ -287,7 +287,7 @@ def from_turn(turn, what):
     what = f"{what}, of the {role},"
     if role == 'assistant' and (thought := turn.get('reasoning_content')):
         more['reasoning_content'] = check_text(thought, f"the thought of {what}").strip()
-    if role == 'assistant' and (calls := items_of(turn.get('tool_calls'))):
+    if role == 'assistant' and (calls := items_of(turn.get('tool_calls') or [])):
         calls = [call['function'] if field_of(call, 'function', 'name') == 'function' else call
                  for call in calls]
         more['tool_calls'] = [dict(name=check_text(call[field_of(call, 'name')], f"the call of {what}"),
@@ -325,7 +325,7 @@ def messages_of(record):
         raise ValueError("no turn is the user's, or nothing answers it")
     for turn, message in zip(turns, messages):
         count_unused(turn, {*message, 'from', 'value', 'tools'}, ' of a turn')
-    if tools := next(filter(None, (items_of(of.get('tools')) for of in (record, *turns))), None):
+    if tools := next((items_of(of['tools']) for of in (record, *turns) if of.get('tools')), None):
         messages[0]['tools'] = tools
     while messages[-1]['role'] != 'assistant':
         messages.pop()
@@ -333,23 +333,19 @@ def messages_of(record):
     return tuple(messages)
 
 
-def turns_of(value, role):
-    """A text, a turn or a list of turns -> turns."""
-    return value if isinstance(value, list) else [
-        value if isinstance(value, dict) else dict(role=role, content=value)]
-
-
 def pair_of(record):
     """(conversation that ends in the chosen answer, the rejected one, a message) of a record: two
     conversations, or two answers to an instruction or a prompt."""
     sides, prompt = [], field_of(record, 'chosen') and (record.get('prompt') or record.get('conversations'))
+    prompt = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
     for key in ('chosen', 'rejected'):
         answer = record[field_of(record, key)]
         try:
-            if prompt:
-                answer = turns_of(answer, 'assistant')
+            if isinstance(prompt, list) and prompt:
+                answer = [dict(role='assistant', content=answer)] if isinstance(answer, str) else (
+                    answer if isinstance(answer, list) else [answer])
                 asks = any(turn[field_of(turn, 'role', 'from')] in ('user', 'human') for turn in answer)
-                answer = turns_of(prompt, 'user') * (not asks) + answer
+                answer = prompt * (not asks) + answer
             kind = 'output' if 'instruction' in record else 'conversations'
             sides.append(messages_of({**record, kind: answer}))
         except ValueError as e:

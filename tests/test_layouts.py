@@ -351,9 +351,10 @@ def test_pairs_of_other_projects(tokenizer, record, expected):
 @pytest.mark.parametrize('record, words', [
     (dict(chosen=[USER, THOUGHT], rejected=[USER, THOUGHT]), 'are the same answer'),
     (dict(chosen=[ANSWER], rejected=[NO]), '"chosen": no turn is the user'),
-    (dict(prompt=3, chosen='x', rejected='y'), 'turn 1, of the user, is not a text but 3'),
+    (dict(prompt=3, chosen='x', rejected='y'), 'is not a list of turns but "x"'),
+    (dict(prompt=[3], chosen='x', rejected='y'), '"chosen": no field "role" or "from"'),
     (dict(prompt='x', chosen=[3], rejected='y'), '"chosen": no field "role"'),
-    (dict(prompt='x', chosen=3, rejected='y'), '"chosen": turn 2, of the assistant, is not a text but 3'),
+    (dict(prompt='x', chosen=3, rejected='y'), '"chosen": no field "role"'),
     (dict(chosen=[say('system', 'a'), USER, ANSWER], rejected=[USER, NO]), 'answer different prompts')])
 def test_pairs_that_stay_malformed(record, words):
     with pytest.raises(ValueError, match=words):
@@ -421,6 +422,11 @@ def test_parquet(tmp_path, task):
     (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, TASKS[task])))
     assert sides_of(tmp_path / 'a.parquet', task) == sides_of(tmp_path / 'a.jsonl', task)
     assert prepare.unused == {'"note"': 30} and prepare.task_of(str(tmp_path / 'a.parquet')) == (task, False)
+    (tmp_path / 'shards').mkdir()
+    for i in (0, 1):
+        half = pyarrow.Table.from_pylist(records[30 * i:30 * i + 30])
+        parquet.write_table(half, tmp_path / 'shards' / f'{i}.parquet')
+    assert sides_of(tmp_path / 'shards', task) == sides_of(tmp_path / 'a.jsonl', task)
 
 
 def test_a_parquet_table_of_labels(script, tmp_path, tokenizer_folder, capsys):
@@ -437,6 +443,12 @@ def test_a_parquet_table_of_labels(script, tmp_path, tokenizer_folder, capsys):
     parquet.write_table(pyarrow.table(dict(text=[b'x'])), tmp_path / 'b.parquet')
     raw = (tmp_path / 'a.parquet').read_bytes()
     (tmp_path / 'c.parquet').write_bytes(raw[:200] + raw[300:])
+    (tmp_path / 'mix').mkdir()
+    (tmp_path / 'mix' / 'a.parquet').write_bytes(raw)
+    (tmp_path / 'mix' / 'b.txt').write_text('one')
+    line = script('prepare.py', '--input=mix', f'--tokenizer={tokenizer_folder}', '--dataset=./m',
+                  code=2).stderr
+    assert 'mix/b.txt: a .txt file is for pretraining' in line
     for name, words in (('b', 'record 1: "text" is not a text but'), ('c', 'c.parquet: ')):
         with pytest.raises(SystemExit, match='2'):
             list(read_pieces(str(tmp_path / f'{name}.parquet')))
