@@ -529,8 +529,7 @@ def alpaca(tokenizer, messages, add_generation_prompt, thinking):
             yield tokenizer.encode(f'{preface}### Instruction:\n{content}{material}'), 0
             preface = ''
         else:
-            thought = message.get('reasoning_content')
-            if thought:
+            if thought := message.get('reasoning_content'):
                 content = f'{thought}\n</think>\n\n{content}'
             yield opening + tokenizer.encode('<think>\n' * bool(thought)), 0
             yield [*tokenizer.encode(content), tokenizer.eot], 1
@@ -592,7 +591,7 @@ def find_layouts(tokenizer, template):
     def ours(layout, messages, prompt, thinking=None):
         letters = SimpleNamespace(encode=lambda text: [text], layout=layout, im_start='<|im_start|>',
                                   im_end='<|im_end|>', eot=tokenizer.backend.id_to_token(tokenizer.eot or 0))
-        return ''.join(encode_chat(letters, messages, prompt, thinking)[0])
+        return ''.join(encode_chat(letters, messages, prompt, bool(thinking))[0])
 
     # with white space at the ends, which a template may trim
     system, *turns = (dict(role=role, content=f' {role} {i}\n') for i, role in enumerate(
