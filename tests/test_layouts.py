@@ -226,8 +226,8 @@ def test_an_unknown_template_is_one_line_and_ours_after_training(tmp_path, token
 def test_a_template_is_known_by_what_it_renders(request, kind):
     """Written in another way, and by a tokenizer with names of its own for what ends a text."""
     own = request.getfixturevalue(kind)
-    template = own_template(own.layout).replace('ns.preface', 'ns.head').replace('preface=', 'head=') + ' '
-    words = dict(chat_template=template, eos_token=dict(content=own.backend.id_to_token(own.eot)))
+    template = own_template(own.layout).replace('ns.preface', 'ns.head').replace('preface=', 'head=')
+    words = dict(chat_template='{##}' + template, eos_token=dict(content=own.backend.id_to_token(own.eot)))
     other = Tokenizer(own.backend, words=words)
     assert other.layout == own.layout and not other.strange
     strange = Tokenizer(own.backend, words=dict(words, chat_template=template + '{{ eos_token }}'))
