@@ -190,9 +190,10 @@ def check_parts(state):
     """ValueError over what makes the library panic, or take all memory, in a tokenizer.json, as a dict."""
     model = state.get('model') if isinstance(state.get('model'), dict) else {}
     vocab = model.get('vocab') if isinstance(model.get('vocab'), dict) else {}
-    ids = [i for i in vocab.values() if type(i) is int]
-    if max(ids, default=0) >= 1 << 24 or len({*ids}) < len(ids):
-        raise ValueError(f"an id is above {1 << 24:,}, or is that of two tokens")
+    if any(type(i) is int and i >= 1 << 24 for i in vocab.values()):
+        raise ValueError(f"an id is above {1 << 24:,}")
+    if len({str(i) for i in vocab.values()}) < len(vocab):
+        raise ValueError("two tokens have the same id")
     if model.get('continuing_subword_prefix') and model.get('type', 'BPE') == 'BPE':
         raise ValueError("BPE with a continuing_subword_prefix is not supported")
     parts = json.dumps([state.get('normalizer'), state.get('pre_tokenizer')])
