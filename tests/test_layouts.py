@@ -609,3 +609,12 @@ def test_thinking_without_a_place_for_thoughts_is_refused(with_template, capsys)
     with pytest.raises(SystemExit, match='2'):
         sample.converse(torch.nn.Linear(1, 1), tokenizer, '', True, 50)
     assert '--thinking: the chat template of this model has no place for thoughts' in capsys.readouterr().err
+
+
+def test_prepare_says_that_a_template_is_unknown(script, tmp_path, tokenizer):
+    Tokenizer(tokenizer.backend, words=dict(chat_template='{{ x }}')).save(tmp_path / 't')
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, TASKS['dpo'])))
+    done = script('prepare.py', '--input=a.jsonl', '--tokenizer=t', '--dataset=./d')
+    assert done.stderr.count('\n') == 1 and 'is none that is known here' in done.stderr
+    assert load_tokenizer('d').words['chat_template'] == own_template(ChatML())
+    assert open_data(Run(None, None, 0, 1), './d', 'dpo', load_tokenizer('t'))
