@@ -182,7 +182,7 @@ def classify_texts(out_dir, texts, run):
     model, tokenizer, checkpoint = load_classifier(out_dir)
     parse, encode = TASKS['cls'][:2]
     try:
-        pieces = [Piece('test', parse(['?', text])[1]) for text in texts]
+        pieces = [Piece('test', parse(dict(label='?', text=text))[1]) for text in texts]
     except ValueError as e:
         fail(f"--classify: {e}")
     rows = [ids for _, ids, _ in encode(tokenizer, pieces)]

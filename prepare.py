@@ -10,11 +10,14 @@ Prepare data: records of any format -> token ids and mask -> arrays; and read th
     python prepare.py --input=mail.csv                      # label and text -> train, val and test by label
     python prepare.py --dataset=pydoc_dpo --print_text | head           # look at the text before it is tokens
 
-The fields of a record say its task. {"text"} is for pretraining. {"conversations": [{"role", "content"}]} or
-"messages", and {"instruction", "input", "output"}, are for instruction tuning. {"chosen", "rejected"} are for
-preferences: two conversations, or two answers to an "instruction". A table of label and text is for
-classification. A record may name its "split" ('train', 'val' or 'test') and its "label". What names no split
-is held out by a hash of its text; a .txt file is one document, and of one alone the end is held out.
+The fields of a record say its task. {"text"} is for pretraining. For instruction tuning are {"messages"} or
+{"conversations"} of {"role", "content"}, with "reasoning_content", "tools" and "tool_calls" as OpenAI and
+MiniMind have them, or ShareGPT's {"from", "value"}; and {"instruction", "input", "output"}. {"chosen",
+"rejected"} are for preferences: two conversations, or two answers to a "prompt" or an "instruction". A table
+of label and text is for classification. A record may name its "split" ('train', 'val' or 'test') and its
+"label". What names no split is held out by a hash of its text; a .txt file is one document, and of one alone
+the end is held out.
+
 A prepared data set is a folder. For each split it holds the documents one after another:
 
     train_tokens.npy    (n,) uint16 or uint32    token ids
@@ -38,6 +41,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
@@ -45,11 +49,11 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import HERE, Progress, between, configure, fail, fits, make_folder, one_of, read_json
-from train_tokenizer import (Tokenizer, encode_chat, encode_pair, load_tokenizer, print_mask, text_parts,
-                             train_lookup)
+from train_tokenizer import (Tokenizer, as_json, encode_chat, encode_pair, load_tokenizer, print_mask,
+                             text_parts, train_lookup, unpacked)
 
 dataset = ''                # name of the folder in data/, or a path; '' is the input's own name, or pydoc
-input = ''                  # a .txt, .jsonl, .json, .csv, .tsv or .bin file, or a folder; '' is built in
+input = ''                  # .txt, .jsonl, .json, .csv, .tsv, .gz of these, .parquet, .bin, or a folder
 task = ''                   # 'pretrain', 'sft', 'dpo' or 'cls'; '' is what the fields of the first record say
 tokenizer = 'out/tokenizer' # folder of a trained tokenizer, or 'gpt2'
 val_fraction = 0.0          # share of the text that is held out; 0 takes the data set's own, mostly 0.05
@@ -60,6 +64,10 @@ seed = 1337                 # labelled text: of the split, and of what balance l
 debug_mask = False          # print the first document, token by token with its mask, and stop
 print_text = False          # print the text that would be tokenised, as JSON lines, and stop
 
+SHAREGPT = dict(human='user', gpt='assistant', function_call='assistant', observation='tool')
+# who may speak after whom: an assistant may greet first, or speak twice
+AFTER = {'': ('user', 'assistant', 'system'), 'system': ('user', 'assistant'), 'user': ('assistant',),
+         'assistant': ('user', 'assistant', 'tool'), 'tool': ('assistant', 'tool')}
 FORMAT = 1                  # of the prepared folder; raised when its meaning changes
 SPLITS = ('train', 'val', 'test')
 # What meta.json holds; 'test' and 'labels' only of some sets.
@@ -95,6 +103,7 @@ def malformed(where, reason, on_error):
 
 malformed.count, malformed.reasons = 0, {}
 unused = Counter()                              # fields of records, files of a folder, repeated texts
+DAMAGE = ValueError, RecursionError, OSError, EOFError, zlib.error     # of a record, a file, a .gz
 # no number has a use here, and int() refuses one of thousands of digits
 DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 4000 else float(digits))
 
@@ -104,7 +113,7 @@ def checking(where, on_error):
     """An error inside is malformed input. It may say `where` itself."""
     try:
         yield
-    except (ValueError, RecursionError, OSError) as e:
+    except DAMAGE as e:
         malformed(getattr(e, 'where', where), reason_of(e), on_error)
 
 
@@ -116,7 +125,7 @@ def reason_of(error):
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
     nested = 'JSON nested too deep: ' if isinstance(error, RecursionError) else ''
-    return nested + (getattr(error, 'strerror', None) or str(error))
+    return nested + (getattr(error, 'strerror', None) or str(error).split('\n')[0])
 
 
 def listed(counts):
@@ -130,20 +139,21 @@ def skipped():
 
 
 def ending(file):
-    return os.path.splitext(file)[1].lower()
+    return os.path.splitext(file.lower().removesuffix('.gz'))[1]
 
 
 def read_records(file, parse, on_error='stop'):
-    """Yield (where, parse(record)) of each record of a .jsonl, .json, .csv or .tsv file.
+    """Yield (where, parse(record)) of each record of a file that READERS names.
 
-    where is "file:line", or in a .json list "file, record 3". parse takes a JSON value, or the list [label,
-    text] of a table, and raises ValueError with the reason if it is not what it should be.
+    where is "file:line", or in a .json list or a .parquet file "file, record 3". parse takes a JSON value, of
+    a table a dict, and raises ValueError with the reason if it is not what it should be.
     """
-    reader = {'.jsonl': json_lines, '.json': json_list}.get(ending(file), table_rows)
     with checking(file, on_error):
+        if ending(file) == '.txt':
+            raise ValueError("a .txt file is for pretraining")
         if not os.path.getsize(file):
             raise ValueError("the file is empty")
-        for where, record in reader(file):
+        for where, record in READERS[ending(file)](file):
             with checking(where, on_error):
                 if isinstance(record, bytes):
                     record = DECODER.decode(record.decode('utf-8-sig'))
@@ -156,15 +166,15 @@ def whole_text(file):
     """The text of a UTF-8 file. Ends with file:line if it is not UTF-8."""
     try:
         return ''.join(text_parts(file))
-    except UnicodeDecodeError as e:
-        fail(f"{e.where}: {reason_of(e)}")
+    except DAMAGE as e:
+        fail(f"{getattr(e, 'where', file)}: {reason_of(e)}")
 
 
 def json_lines(file):
     """(where, bytes of the line) of each line of a .jsonl file that is not blank."""
     size, progress = os.path.getsize(file), Progress(f'reading {file}')
     with open(file, 'rb') as f:
-        for number, raw in enumerate(f, 1):
+        for number, raw in enumerate(unpacked(f), 1):
             progress.show(f.tell() / size)
             if raw.strip(b'\xef\xbb\xbf \t\r\n'):        # which begin with a byte order mark
                 yield f'{file}:{number}', raw
@@ -185,7 +195,7 @@ def json_list(file):
 
 
 def table_rows(file):
-    """(where, [label, text]) of each row of a .csv or .tsv file, or the error in place of a row.
+    """(where, row as a dict) of each row of a .csv or .tsv file, or the error in place of a row.
 
     A first line that names the columns label and text is a header, in any order and among others; without one
     the label stands first. A .csv follows RFC 4180: quotes may hold separators, lines and doubled quotes; the
@@ -210,15 +220,32 @@ def table_rows(file):
         elif any(names):
             while len(row) > len(columns) and not row[-1]:
                 row.pop()
-            label, at = columns.index('label'), columns.index('text')
-            extra = max(0, len(row) - len(columns))
+            at, extra = columns.index('text'), max(0, len(row) - len(columns))
             row[at:at + extra + 1] = [first.join(row[at:at + extra + 1])]
             if not is_csv:
                 row = [cell[1:-1].replace('""', '"') if re.fullmatch(r'"([^"]|"")*"', cell) else cell
                        for cell in row]
             row += [''] * len(columns)                  # a row may be cut short
-            count_unused(dict(zip(columns, row)), TASKS['cls'][2])
-            yield f'{file}:{start}', [row[label], row[at]]
+            yield f'{file}:{start}', dict(zip(columns, row))
+
+
+def parquet_rows(file):
+    """(where, row as a dict) of each row of a .parquet file; what is null is left out."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        fail(f"{file}: .parquet files need a package: pip install pyarrow")
+    table, progress = parquet.ParquetFile(file), Progress(f'reading {file}')
+    rows = (row for group in table.iter_batches(1024) for row in group.to_pylist())
+    for number, row in enumerate(rows, 1):              # one row group is held in memory
+        progress.show(number / table.metadata.num_rows)
+        # dates and bytes are no JSON, and as a list they are no text
+        row = json.loads(json.dumps(row, default=lambda value: [str(value)]))
+        yield f'{file}, record {number}', {key: value for key, value in row.items() if value is not None}
+
+
+READERS = {'.jsonl': json_lines, '.json': json_list, '.csv': table_rows, '.tsv': table_rows,
+           '.parquet': parquet_rows}
 
 
 # ---- records -> what is encoded ----
@@ -243,46 +270,93 @@ def field_of(record, *wanted):
     raise ValueError(f'no field {names}' + (f" among {', '.join(record)}" if found else ''))
 
 
+def from_instruction(record):
+    """A record of Alpaca -> messages."""
+    question = dict(role='user', content=check_text(record['instruction'], '"instruction"').strip())
+    if str(record.get('input') or '').strip():
+        question['input'] = check_text(record['input'], '"input"').strip()
+    answer = check_text(record[field_of(record, 'output')], '"output"').strip()
+    return [question, dict(role='assistant', content=answer)]
+
+
+def from_turn(turn, what):
+    """A turn of OpenAI, MiniMind or ShareGPT -> a message."""
+    if field_of(turn, 'role', 'from') == 'from':
+        key = 'tool_calls' if turn['from'] == 'function_call' else 'content'
+        turn = {'role': SHAREGPT.get(str(turn['from']), turn['from']), key: turn[field_of(turn, 'value')]}
+    role, content, more = turn['role'], turn.get('content'), {}
+    if role not in ('system', 'user', 'assistant', 'tool'):
+        raise ValueError(f"{what} has the unknown role {role!r}; there are system, user, assistant and tool")
+    what = f"{what}, of the {role},"
+    if role == 'assistant' and (thought := turn.get('reasoning_content')):
+        more['reasoning_content'] = check_text(thought, f"the thought of {what}").strip()
+    if role == 'assistant' and (calls := items_of(turn.get('tool_calls') or [])):
+        calls = [call['function'] if field_of(call, 'function', 'name') == 'function' else call
+                 for call in calls]
+        more['tool_calls'] = [dict(name=check_text(call[field_of(call, 'name')], f"the call of {what}"),
+                                   arguments=call.get('arguments') or {}) for call in calls]
+    if isinstance(content, list):                       # of parts; of an image it has no text
+        content = ''.join(check_text(part[field_of(part, 'text')], what) for part in content)
+    content = content.strip() if isinstance(content, str) else content
+    if content or not (more or role in ('system', 'tool')):
+        check_text(content or turn[field_of(turn, 'content')], what)
+    return dict(role=role, content=content or '', **more)
+
+
+def items_of(value):
+    """The list in a field, which may stand there as JSON text. Text that is not JSON is an item as it is."""
+    with suppress(json.JSONDecodeError):
+        value = DECODER.decode(value) if isinstance(value, str) else value
+    as_json(value).encode()                             # as in check_text
+    return value if isinstance(value, list) else [value] if value else []
+
+
 def messages_of(record):
-    """The conversation in a record, as encode_chat takes it, stripped. User and assistant take turns, a
-    system message may come first, and the last turn is the assistant's."""
+    """The conversation in a record, as encode_chat takes it, stripped. What follows the last answer teaches
+    nothing, and is left out."""
     field = field_of(record, 'conversations', 'messages', 'instruction')
-    if field == 'instruction':
-        question = dict(role='user', content=check_text(record['instruction'], '"instruction"').strip())
-        if str(record.get('input') or '').strip():
-            question['input'] = check_text(record['input'], '"input"').strip()
-        answer = check_text(record[field_of(record, 'output')], '"output"').strip()
-        return question, dict(role='assistant', content=answer)
-    turns, messages = record[field], []
-    if not isinstance(turns, list) or not turns:
+    turns = [] if field == 'instruction' else record[field]
+    messages = from_instruction(record) if field == 'instruction' else isinstance(turns, list) and [
+        from_turn(turn, f"turn {i}") for i, turn in enumerate(turns, 1)]
+    if not messages:
         raise ValueError(f'"{field}" is not a list of turns but {json.dumps(turns)[:40]}')
-    for i, turn in enumerate(turns, 1):
-        role, content = turn[field_of(turn, 'role')], turn[field_of(turn, 'content')]
-        if role not in ('system', 'user', 'assistant'):
-            raise ValueError(f"turn {i} has the unknown role {role!r}; there are system, user and assistant")
-        messages.append(dict(role=role, content=check_text(content, f"turn {i}, of the {role},").strip()))
-        expected = 'assistant' if i > 1 and turns[i - 2]['role'] == 'user' else 'user'
-        if role != expected and not (role == 'system' and i == 1):
-            raise ValueError(f"turn {i} is the {role}'s, where the {expected}'s is expected")
-    if role != 'assistant':
-        raise ValueError("the last turn is not the assistant's, so nothing answers it")
+    roles = [message['role'] for message in messages]
+    for i, (before, role) in enumerate(zip(['', *roles], roles), 1):
+        if role not in AFTER[before]:
+            raise ValueError(f"turn {i} is the {role}'s, where the {AFTER[before][0]}'s is expected")
+    if 'user' not in roles or 'assistant' not in roles[roles.index('user'):]:
+        raise ValueError("no turn is the user's, or nothing answers it")
+    for turn, message in zip(turns, messages):
+        count_unused(turn, {*message, 'from', 'value', 'tools'}, ' of a turn')
+    if tools := next((items_of(of['tools']) for of in (record, *turns) if of.get('tools')), None):
+        messages[0]['tools'] = tools
+    while messages[-1]['role'] != 'assistant':
+        messages.pop()
+        unused['turn after the last answer'] += 1
     return tuple(messages)
 
 
 def pair_of(record):
     """(conversation that ends in the chosen answer, the rejected one, a message) of a record: two
-    conversations, or two answers to an instruction."""
-    sides = []
+    conversations, or two answers to an instruction or a prompt."""
+    sides, prompt = [], field_of(record, 'chosen') and (record.get('prompt') or record.get('conversations'))
+    prompt = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
     for key in ('chosen', 'rejected'):
-        value, is_answer = record[field_of(record, key)], 'instruction' in record
+        answer = record[field_of(record, key)]
         try:
-            sides.append(messages_of({**record, 'output': value} if is_answer else dict(messages=value)))
+            if isinstance(prompt, list) and prompt:
+                answer = [dict(role='assistant', content=answer)] if isinstance(answer, str) else (
+                    answer if isinstance(answer, list) else [answer])
+                asks = any(turn[field_of(turn, 'role', 'from')] in ('user', 'human') for turn in answer)
+                answer = prompt * (not asks) + answer
+            kind = 'output' if 'instruction' in record else 'conversations'
+            sides.append(messages_of({**record, kind: answer}))
         except ValueError as e:
             raise ValueError(f'"{key}": {e}') from None
     (*prompt, chosen), (*other, rejected) = sides
     if prompt != other:
         raise ValueError('"chosen" and "rejected" answer different prompts')
-    if chosen['content'] == rejected['content']:
+    if chosen == rejected:
         raise ValueError('"chosen" and "rejected" are the same answer')
     return sides[0], rejected
 
@@ -293,13 +367,14 @@ class Piece(NamedTuple):
     content: str | tuple        # text, or (messages,) of a conversation, or (messages, the rejected one)
     ends_document: bool = True
     label: str = ''             # '' if the record has none
+    begins_document: bool = True
+    where: str = ''             # it comes from, for what is malformed only to a chat template
 
 
-def plain_text(content):
-    """The text in what is encoded; of messages all that is said, a line each."""
-    if isinstance(content, str):
-        return content
-    return '\n'.join(m[part] for m in content[0] for part in ('content', 'input') if part in m)
+def plain_text(content, between='\n'):
+    """The text in what is encoded; of messages all that is said."""
+    return content if isinstance(content, str) else between.join(
+        as_json(part) for message in content[0] for key, part in message.items() if key != 'role' and part)
 
 
 def lot_of(texts):
@@ -313,22 +388,23 @@ def lot_of(texts):
 
 
 def count_unused(record, used, place=''):
-    """Count the fields of a record, and of the turns in it, that hold text or lists and are not used."""
-    for name, value in record.items() if isinstance(record, dict) else ():
-        if name in used:
-            for turn in value if isinstance(value, list) else ():
-                count_unused(turn, ('role', 'content'), ' of a turn')
-        elif value and isinstance(value, (str, list, dict)):
+    """Count the fields of a record, or of a turn in it, that hold text or lists and are not used."""
+    for name, value in record.items():
+        if name not in used and value and isinstance(value, (str, list, dict)):
             unused[f'"{name}"{place}'] += 1
 
 
 def task_of(source, on_error='stop'):
-    """(task, whether the records name their split) of a source: by the ending of its name, and of .jsonl and
-    .json by the fields of the first good record. A "text" beside other fields is a copy of them."""
+    """(task, whether the records name their split) of a source: by the ending of its name, and of all but
+    tables by the fields of the first good record. A "text" beside other fields is a copy of them; beside a
+    "label" it is a table's in a .parquet file."""
     files = files_of(source)
     if ending(files[0]) in ('.csv', '.tsv'):
         return 'cls', False
-    tasks = dict(chosen='dpo', conversations='sft', messages='sft', instruction='sft', text='pretrain')
+    tasks = dict(chosen='dpo', conversations='sft', messages='sft', instruction='sft', label='cls',
+                 text='pretrain')
+    if ending(files[0]) != '.parquet':                  # a text may have a label, too
+        del tasks['label']
     records = (found for file in files if ending(file) != '.txt' for _, found in read_records(
         file, lambda record: (tasks[field_of(record, *tasks)], 'split' in record), on_error))
     found = next(records, '.txt' in map(ending, files) and ('pretrain', False)) or fail(
@@ -346,19 +422,20 @@ def files_of(source):
             folders[:] = [name for name in folders if name[0] != '.']
             paths = (os.path.join(folder, name) for name in folders + names if name[0] != '.')
             files += [path for path in paths if os.path.isfile(path) or os.path.islink(path)]
-        texts = sorted(file for file in files if ending(file) in ('.txt', '.jsonl', '.json'))
+        texts = sorted(file for file in files if ending(file) in ('.txt', '.jsonl', '.json', '.parquet'))
         unused.update(f'*{ending(file)} file' for file in set(files) - set(texts))
-        return texts or fail(f"{source} holds no .txt, .jsonl or .json file")
+        return texts or fail(f"{source} holds no .txt, .jsonl or .json file, and no .parquet")
     if not os.path.isfile(source):
         fail(f"{source} is a pipe, and read more than once: write it into a file" if os.path.exists(source)
              else f"no such file: {source}")
-    if ending(source) not in ('.txt', '.jsonl', '.json', '.csv', '.tsv'):
-        fail(f"{source}: text is read from .txt, .jsonl and .json, labelled text from .csv and .tsv")
+    if ending(source) not in ('.txt', *READERS):
+        fail(f"{source}: text is read from .txt, .jsonl and .json, labelled text from .csv and .tsv; "
+             f"each may be .gz; both from .parquet")
     return [source]
 
 
 def read_pieces(source, task='pretrain', val_fraction=0.05, on_error='stop'):
-    """Yield the Pieces of a .txt, .jsonl or .json file, or of a folder of them, for any task but 'cls'.
+    """Yield the Pieces of a file, or of a folder of them, for any task but 'cls'.
 
     A record that names no split is held out by its lot. So is one of several .txt files, each of which is a
     document, and at least one of them; of one alone the last part is held out. Malformed input ends the run
@@ -368,8 +445,7 @@ def read_pieces(source, task='pretrain', val_fraction=0.05, on_error='stop'):
 
     def piece_of(record):
         content = parse(record)
-        asked = content if isinstance(content, str) else ''.join(
-            message.get(part, '') for message in content[0][:-1] for part in ('content', 'input'))
+        asked = content if isinstance(content, str) else plain_text([content[0][:-1]], '')
         split = record.get('split', 'val' if lot_of([asked]) < val_fraction else 'train')
         if split not in SPLITS:
             raise ValueError(f'"split" is {json.dumps(split)[:40]}, not one of {", ".join(SPLITS)}')
@@ -377,22 +453,21 @@ def read_pieces(source, task='pretrain', val_fraction=0.05, on_error='stop'):
         return Piece(split, content, label=label if isinstance(label := record.get('label'), str) else '')
 
     files, lots, piece = files_of(source), {}, None
-    for file in [file for file in files if ending(file) == '.txt']:
+    texts = [file for file in files if ending(file) == '.txt' and task == 'pretrain']
+    for file in texts:
         with checking(file, on_error):
-            if task != 'pretrain':
-                raise ValueError(f"a .txt file is for pretraining, and this is for the task {task!r}")
             if not any(text.strip() for text in text_parts(file)):
                 raise ValueError("the file is empty")
             lots[file] = lot_of(text_parts(file))
     for file in files:
         with checking(file, on_error):
+            pieces = ()
             if file in lots:
                 val = lots[file] <= max(val_fraction, min(lots.values()))
                 pieces = read_txt(file, val_fraction, ('train', 'val')[val] if len(lots) > 1 else None)
-            elif ending(file) != '.txt':
-                pieces = (piece for _, piece in read_records(file, piece_of, on_error))
-            else:
-                continue
+            elif file not in texts:
+                pieces = (piece._replace(where=where) for where, piece in
+                          read_records(file, piece_of, on_error))
             for piece in pieces:
                 yield piece
     if not piece:
@@ -412,11 +487,11 @@ def read_txt(file, val_fraction, side=None, size=1 << 16):
             # at a white space nearby; where there is none, before the < that a special token begins with
             near = range(border - at, max(-1, border - at - 200), -1)
             cut = next((i for mark in (str.isspace, '<'.__eq__) for i in near if mark(text[i])), border - at)
-            yield Piece('train', text[:cut], ends_document=False)
+            yield Piece('train', text[:cut], ends_document=False, begins_document=at == 0)
             split, text, at = 'val', text[cut:], at + cut
+        progress.show((at + len(text)) / length)
+        yield Piece(split, text, ends_document=at + len(text) == length, begins_document=at == 0)
         at += len(text)
-        progress.show(at / length)
-        yield Piece(split, text, ends_document=at == length)
 
 
 class Encoded(str):
@@ -482,14 +557,17 @@ def tokenizer_of_bins(bins, source, tokenizer):
 
 
 def read_labelled(source, balance=True, seed=1337, on_error='stop'):
-    """The list of labelled texts of a .csv or .tsv file, as Pieces.
+    """The list of the labelled texts of a source, as Pieces.
 
     Of texts that are equal but for case and white space one is kept, so none stands in two splits. With
     balance, the larger classes are cut at random to the smallest. Each class is dealt out 70 / 10 / 20 to
     train, val and test.
     """
-    seen, classes = {}, {}
-    for where, (label, text) in read_records(source, TASKS['cls'][0], on_error):
+    seen, classes, (parse, _, used) = {}, {}, TASKS['cls']
+    rows = (row for file in files_of(source) for row in read_records(
+        file, lambda record: (*parse(record), record), on_error))
+    for where, (label, text, record) in rows:
+        count_unused(record, used)
         key = ' '.join(text.casefold().split())
         other, first, its_text = seen.setdefault(key, (label, where, text))
         if first == where:
@@ -518,35 +596,40 @@ def read_labelled(source, balance=True, seed=1337, on_error='stop'):
 # ---- what is encoded -> ids and mask: of each task a function, Pieces -> (Piece, ids, mask) ----
 
 def encode_texts(tokenizer, pieces):
-    """For pretraining: each token is a target, and eot ends a document, if its text has not."""
+    """For pretraining: each token is a target. eot ends a document, and where that does not open the next,
+    bos opens it, which nothing predicts; neither if the text has its own."""
     if isinstance(pieces[0].content, Encoded):
         yield from ((piece, piece.content.ids, [1] * len(piece.content.ids)) for piece in pieces)
         return
     for piece, ids in zip(pieces, tokenizer.encode_batch([piece.content for piece in pieces])):
         end = tokenizer.backend.id_to_token(tokenizer.eot)
         ended = piece.content.rstrip().endswith(end) and tokenizer.eot in ids
-        ids = ids + [tokenizer.eot] * (piece.ends_document and not ended)
-        yield piece, ids, [1] * len(ids)
+        opened = tokenizer.bos in (tokenizer.eot, *ids[:1]) or not piece.begins_document
+        bos, ids = [tokenizer.bos] * (not opened), ids + [tokenizer.eot] * (piece.ends_document and not ended)
+        yield piece, bos + ids, [0] * len(bos) + [1] * len(ids)
 
 
 def encode_conversations(tokenizer, pieces):
     """For instruction tuning: what the assistant says is target. For preferences: a pair is two documents."""
     for piece in pieces:
-        messages, *other = piece.content
-        documents = encode_pair(tokenizer, messages, *other) if other else [encode_chat(tokenizer, messages)]
-        yield from ((piece, *document) for document in documents)
+        with checking(piece.where, on_error):           # the layout may have no place for something
+            documents = (encode_pair(tokenizer, *piece.content) if len(piece.content) == 2 else
+                         [encode_chat(tokenizer, *piece.content)])
+            yield from ((piece, *document) for document in documents)
 
 
 # task: (record -> what is encoded, (tokenizer, Pieces) -> (Piece, ids, mask) of each document, fields used)
 TASKS = dict(
     pretrain=(lambda record: check_text(record[field_of(record, 'text')], '"text"'), encode_texts, ['text']),
-    cls=(lambda row: (check_text(row[0], 'the label').strip(), check_text(row[1], 'the text').strip()),
-         # only the last token is a target, where the classifier reads (chapter I-7)
+    # a label may be a number in a .parquet file. Only the last token is a target, where the classifier reads
+    cls=(lambda record: [check_text(str(value) if type(value := record[field_of(record, field)]) is int
+                                    else value, f'the {field}').strip() for field in ('label', 'text')],
          lambda *of: ((piece, ids, [0] * (len(ids) - 1) + [1]) for piece, ids, _ in encode_texts(*of)),
          ['label', 'text']),
     sft=(lambda record: (messages_of(record),), encode_conversations,
-         ['conversations', 'messages', 'instruction', 'input', 'output']),
-    dpo=(pair_of, encode_conversations, ['chosen', 'rejected', 'instruction', 'input']))
+         ['conversations', 'messages', 'instruction', 'input', 'output', 'tools']),
+    dpo=(pair_of, encode_conversations, ['chosen', 'rejected', 'instruction', 'input', 'tools', 'prompt',
+          'conversations']))
 
 
 # ---- ids and mask -> arrays ----
@@ -760,7 +843,8 @@ def open_data(run, dataset, task, tokenizer=''):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer and task in ('sft', 'dpo'):
         tokenizer.take_own_layout(run.rank == 0)
-    if tokenizer and meta['tokenizer'] != tokenizer.fingerprint:
+    if tokenizer and (meta['tokenizer'] != tokenizer.fingerprint or task in ('sft', 'dpo') and (
+            load_tokenizer(folder).layout != tokenizer.layout)):
         fail(f"{folder} was tokenised otherwise than by {made_with}: run `python prepare.py "
              f"--dataset={dataset} --tokenizer={made_with}`"
              + (f" with --input={meta['source']}" if os.path.isabs(meta['source']) else ""))
@@ -775,7 +859,8 @@ if __name__ == '__main__':
     configure(globals(), val_fraction=between(0, 1), on_error=one_of('stop', 'skip'), task=one_of('', *TASKS))
     if print_text:
         sys.stdout = sys.stderr                     # for anything else that is printed
-    folder = data_folder(dataset or os.path.splitext(os.path.basename(input.rstrip('/')))[0] or 'pydoc')
+    its_name = os.path.splitext(os.path.basename(input.rstrip('/')).removesuffix('.gz'))[0]
+    folder = data_folder(dataset or its_name or 'pydoc')
     name, source, found = os.path.basename(folder), input, Counter()
     bins = bins_of(input) if input and not print_text else {}
     if input:
@@ -799,9 +884,11 @@ if __name__ == '__main__':
     if is_char:
         tokenizer = None if print_text else char_tokenizer(source)
     kind, names_split = ('pretrain', True) if bins else task_of(source, on_error)
-    if task and task != kind and 'cls' in (task, kind):
+    if task and task != kind and 'cls' in (task, kind) and ending(source) != '.parquet':
         fail(f"--task={task}: {source} is for {kind!r}; tables are for 'cls', and all else is not")
     kind = task or kind
+    if kind in ('sft', 'dpo') and tokenizer:
+        tokenizer.take_own_layout()
     for key, idle in dict(val_fraction=kind == 'cls' and val_fraction, balance=kind != 'cls' and not balance,
                           seed=kind != 'cls' and seed != 1337,
                           special_tokens=(bins or kind != 'pretrain') and not special_tokens).items():

@@ -465,6 +465,9 @@ def prompt_that_fits(tokenizer, messages, room, thinking=False):
 def converse(model, tokenizer, system, thinking, max_new_tokens, generator=None, **how):
     """Answer what is typed, on and on. All of it is text: "<|im_end|>" typed by a user ends nothing."""
     tokenizer.take_own_layout()
+    lead = tokenizer.layout.lead if tokenizer.layout else '<think>\n'
+    if thinking and not lead and tokenizer.layout.thinks == 'given':
+        fail("--thinking: the chat template of this model has no place for thoughts: leave it out")
     sys.stdin.reconfigure(errors='replace')
     device, context = next(model.parameters()).device, model.config.context
     opening = [dict(role='system', content=system)] if system else []
@@ -488,10 +491,10 @@ def converse(model, tokenizer, system, thinking, max_new_tokens, generator=None,
                             generator, vocab_size=tokenizer.vocab_size, **how):
             print(stream.add(new.item()), end='', flush=True)
         print(stream.finish())
-        thought, ended, content = stream.text.rpartition('</think>')
-        messages.append(dict(role='assistant', content=content.strip(),
-                             reasoning_content=thought.replace('<think>', '').strip()) if thinking else
-                        dict(role='assistant', content=stream.text.strip()))
+        thought, content = '', stream.text
+        if thinking and (lead + content).startswith('<think>'):             # without an end, all is thought
+            thought, _, content = (lead + content).removeprefix('<think>').partition('</think>')
+        messages.append(dict(role='assistant', content=content.strip(), reasoning_content=thought.strip()))
 
 
 # ---- pictures ----

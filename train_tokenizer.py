@@ -12,6 +12,7 @@ into one new token, again and again, until the vocabulary is full. Every byte is
 The training text comes from prepare.py, run as a process, because it knows every format.
 """
 import codecs
+import gzip
 import hashlib
 import itertools
 import json
@@ -73,25 +74,27 @@ class Tokenizer:
         backend.encode_special_tokens = True        # the library's name for taking them as ordinary text
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         self.im_start, self.im_end = backend.token_to_id('<|im_start|>'), backend.token_to_id('<|im_end|>')
-        eos, bos = self.named('eos_token'), self.named('bos_token')
+        eos, bos = (backend.token_to_id(self.special(key)) for key in ('eos_token', 'bos_token'))
         ids = self.generation.get('eos_token_id')
         ids = [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int
                and backend.id_to_token(i) is not None]
         self.eot = next((i for i in (backend.token_to_id('<|endoftext|>'), eos, *ids) if i is not None), None)
         self.bos = self.eot if bos is None else bos
         self.ends = {self.eot, self.im_end, eos, *ids} - {None}
+        self.layout = None if None in (self.im_start, self.im_end) else ChatML()
         template = self.words.get('chat_template')
-        chat = None not in (self.im_start, self.im_end)
-        self.layout = find_layout(template, chat) if template else ChatML() if chat else None
-        self.strange = self.layout == 'strange'
-        if self.strange:
-            self.layout = ChatML() if chat else None
+        found = find_layouts(self, template) if template else [self.layout]
+        self.strange = not found
+        if found:
+            self.layout = found[0]
+        if self.layout == ChatML(lead='', tools=False):     # what this project wrote before it had tools
+            self.words, self.layout, self.bos = {}, ChatML(), self.eot
 
-    def named(self, key):
-        """The id of a special token that tokenizer_config.json names, or None."""
+    def special(self, key):
+        """The text of a special token that tokenizer_config.json names, or ''."""
         word = self.words.get(key)
         word = word.get('content') if isinstance(word, dict) else word
-        return self.backend.token_to_id(word) if isinstance(word, str) else None
+        return word if isinstance(word, str) else ''
 
     @property
     def fingerprint(self):
@@ -150,9 +153,12 @@ def read_words(folder):
     if os.path.isfile(path):
         template = ''.join(text_parts(path))
     if isinstance(template, list):                          # several by name
-        template = next((t['template'] for t in template if t.get('name') == 'default'), None)
-    return {**words, 'chat_template': template} if isinstance(template, str) else {
-        key: value for key, value in words.items() if key != 'chat_template'}, generation
+        template = next((t.get('template') for t in template if isinstance(t, dict)
+                         and t.get('name') == 'default'), None)
+    words = {key: value for key, value in words.items() if key != 'chat_template'}
+    words.update(dict(chat_template=template) if isinstance(template, str) else {})
+    json.dumps([words, generation], ensure_ascii=False).encode()        # half of a surrogate pair: ValueError
+    return words, generation
 
 
 def load_tokenizer(source):
@@ -165,7 +171,7 @@ def load_tokenizer(source):
     try:
         words = read_words(source)
     except (OSError, ValueError) as e:
-        fail(str(e))
+        fail(str(e) if str(source) in str(e) else f"{getattr(e, 'where', source)}: {e}")
     try:
         check_parts(read_json(path))
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(path), source, *words)
@@ -243,6 +249,11 @@ def byte_level_bpe(vocab, merges, special):
     return backend
 
 
+def unpacked(file):
+    """The bytes of an open file as a stream; of a .gz those that are packed in it."""
+    return gzip.open(file) if file.name.lower().endswith('.gz') else file
+
+
 def text_parts(file, size=1 << 16):
     """Yield the text of a UTF-8 file in parts of about `size` bytes. UnicodeDecodeError says `where`.
 
@@ -251,8 +262,9 @@ def text_parts(file, size=1 << 16):
     """
     decoder, text, line, raw = codecs.getincrementaldecoder('utf-8-sig')(), '', 1, b' '
     with open(file, 'rb') as f:
+        stream = unpacked(f)
         while raw:
-            raw = f.read(size)
+            raw = stream.read(size)
             try:
                 text += decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as e:
@@ -425,17 +437,21 @@ def encode_chat(tokenizer, messages, add_generation_prompt=False, thinking=False
 
     messages  [{'role': 'system' | 'user' | 'assistant' | 'tool', 'content': text}, ...]. A user's turn may
               have its material apart, as 'input'; an answer its thoughts, as 'reasoning_content', and
-              'tool_calls', [{'name', 'arguments'}, ...]; the first message 'tools', what may be called
+              'tool_calls', [{'name': text, 'arguments': a dict, or JSON as text}, ...]; the first message
+              'tools', a list of what may be called, each a dict, or text that is taken as it is
     thinking  whether the answer that add_generation_prompt asks for begins with thoughts
     mask      1 on each token of the assistant's answers, and on the <|im_end|> or <|endoftext|> after them
     Raises ValueError where the layout has no place for something.
     """
-    ids, mask = [], []
-    layout = chatml if tokenizer.layout else alpaca
-    if not tokenizer.layout or tokenizer.layout.trim:
+    ids, mask, layout = [], [], tokenizer.layout
+    if not (layout and layout.tools) and any(
+            m['role'] == 'tool' or m.get('tools') or m.get('tool_calls') for m in messages):
+        raise ValueError("tools, and the chat template of this tokenizer has no place for them")
+    if not layout or layout.trim:
         messages = [{key: text.strip() if isinstance(text, str) else text for key, text in message.items()}
                     for message in messages]
-    for tokens, target in layout(tokenizer, messages, add_generation_prompt, thinking):
+    parts = (chatml if layout else alpaca)(tokenizer, messages, add_generation_prompt, thinking)
+    for tokens, target in parts:
         ids.extend(tokens)
         mask.extend([target] * len(tokens))
     return ids, mask
@@ -455,15 +471,14 @@ def chatml(tokenizer, messages, add_generation_prompt, thinking):
 
     system = messages[0]['content'] if messages[0]['role'] == 'system' else None
     if tools := messages[0].get('tools'):
-        if not layout.tools:
-            raise ValueError("the chat template of this tokenizer has no place for tools")
         listed = ''.join('\n' + as_json(tool) for tool in tools)
         system = ('' if system is None else f'{system}\n\n') + TOOLS[0] + listed + TOOLS[1]
     elif system is None:
         system = layout.system or None
     turns = [*([] if system is None else [dict(role='system', content=system)]),
              *messages[messages[0]['role'] == 'system':]]
-    question = max((i for i, message in enumerate(turns) if message['role'] == 'user'), default=len(turns))
+    question = max((i for i, message in enumerate(turns) if message['role'] == 'user' and not re.fullmatch(
+        '<tool_response>.*</tool_response>', message['content'], re.DOTALL)), default=len(turns))
     responses = []
     for i, message in enumerate(turns):
         role, content = message['role'], message['content']
@@ -488,18 +503,17 @@ def chatml(tokenizer, messages, add_generation_prompt, thinking):
 def answer_text(message, layout, is_answer_to_last, is_last):
     """(what the prompt gives of an answer, the rest of its text): thoughts, content and calls of tools."""
     content, thought, calls = message['content'], message.get('reasoning_content', ''), ''
-    if layout.thinks != 'given':
-        if not thought and '</think>' in content:
-            thought, _, content = content.rpartition('</think>')
-            thought = thought.rpartition('<think>')[2]
-        thought, content = thought.strip('\n'), content.lstrip('\n')
+    if layout.thinks != 'given' and not thought and '</think>' in content:
+        thought, *_, content = content.split('</think>')
+        thought, content = thought.rpartition('<think>')[2], content.lstrip('\n')
+    thought = thought.strip('\n')
     for call in message.get('tool_calls', ()):
         calls += '\n' * bool(content or calls) + '<tool_call>\n{"name": "' + call['name'] + (
             '", "arguments": ' + as_json(call['arguments']) + '}\n</tool_call>')
     if layout.thinks == 'last' and not (is_answer_to_last and (thought or is_last)) or (
             layout.thinks == 'given' and not thought):
         return '', content + calls
-    lead = layout.lead if thought else NO_THOUGHT
+    lead, content = layout.lead if thought else NO_THOUGHT, content.lstrip('\n')
     return lead, f'<think>\n{thought}\n</think>\n\n{content}{calls}'.removeprefix(lead)
 
 
@@ -511,18 +525,16 @@ def alpaca(tokenizer, messages, add_generation_prompt, thinking):
     preface = ALPACA_PREFACE + '\n\n'
     for message in messages:
         role, content = message['role'], message['content']
-        if role == 'tool' or message.get('tools') or message.get('tool_calls'):
-            raise ValueError("tools need ChatML, and this tokenizer has no <|im_start|>")
         if role == 'system':
-            preface = content + '\n\n'
+            preface = content and content + '\n\n'
         elif role == 'user':
             material = f"\n\n### Input:\n{message['input']}" if message.get('input') else ''
             yield tokenizer.encode(f'{preface}### Instruction:\n{content}{material}'), 0
             preface = ''
         else:
-            if message.get('reasoning_content'):
-                content = f"<think>\n{message['reasoning_content']}\n</think>\n\n{content}"
-            yield opening, 0
+            if thought := message.get('reasoning_content'):
+                content = f'{thought}\n</think>\n\n{content}'
+            yield opening + tokenizer.encode('<think>\n' * bool(thought)), 0
             yield [*tokenizer.encode(content), tokenizer.eot], 1
     if add_generation_prompt:
         yield opening + tokenizer.encode('<think>\n' * thinking), 0
@@ -552,48 +564,61 @@ def own_template(layout):
         return f.read().strip()
 
 
-def find_layout(template, has_chatml):
-    """The layout that renders as a chat template does: a ChatML, None for Alpaca's, or 'strange' if there is
-    none. Compared is what both make of the same conversations, so it does not matter how it is written."""
-    for layout in (ChatML(), None) if has_chatml else (None,):
+def find_layouts(tokenizer, template):
+    """The layouts that render as a chat template does: ChatMLs, or None for Alpaca's; [] if there is none.
+    Compared is what both make of the same conversations, so it does not matter how it is written."""
+    for layout in (tokenizer.layout, None):
         if template == own_template(layout):
-            return layout
+            return [layout]
     from jinja2.sandbox import ImmutableSandboxedEnvironment             # torch brings jinja2
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=['jinja2.ext.loopcontrols'])
-    environment.filters['tojson'] = as_json
+    environment.filters['tojson'] = lambda value: json.dumps(value, ensure_ascii=False)
+    # a template is a program: without these it can take neither all time nor all memory
+    environment.globals = dict(namespace=environment.globals['namespace'])
+    environment.intercepted_binops, environment.call_binop = {'*', '**'}, None
+    special = {key: tokenizer.special(key) for key in tokenizer.words if key.endswith('_token')}
+    try:
+        template = environment.from_string(template)
+    except Exception:                                       # damaged
+        return []
 
-    def theirs(messages, prompt=True, think=False, **how):
+    def theirs(messages, prompt, thinking=None):
+        how = {} if thinking is None else dict(enable_thinking=thinking, open_thinking=thinking)
         try:
-            return environment.from_string(template).render(messages=messages, add_generation_prompt=prompt,
-                                                            bos_token='', eos_token='<|endoftext|>', **how)
-        except Exception:               # a template is a program: it may refuse a role, or be damaged
+            return template.render(messages=messages, tools=messages[0].get('tools'),
+                                   add_generation_prompt=prompt, **special, **how)
+        except Exception:                                   # it may refuse a role
             return None
 
-    def ours(messages, prompt=True, think=False):
+    def ours(layout, messages, prompt, thinking=None):
         letters = SimpleNamespace(encode=lambda text: [text], layout=layout, im_start='<|im_start|>',
-                                  im_end='<|im_end|>', eot='<|endoftext|>')
-        return ''.join(encode_chat(letters, messages, prompt, think)[0])
+                                  im_end='<|im_end|>', eot=tokenizer.backend.id_to_token(tokenizer.eot or 0))
+        return ''.join(encode_chat(letters, messages, prompt, bool(thinking))[0])
 
-    system, *turns = (dict(role=role, content=f'{role} {i}') for i, role in enumerate(
+    # with white space at the ends, which a template may trim
+    system, *turns = (dict(role=role, content=f' {role} {i}\n') for i, role in enumerate(
         ('system', 'user', 'assistant', 'user', 'assistant', 'user')))
-    default = re.match(r'<\|im_start\|>system\n(.*?)<\|im_end\|>', theirs(turns[:1]) or '', re.DOTALL)
-    tools, call = [dict(name='f')], dict(turns[1], tool_calls=[dict(name='f', arguments=dict(x=1))])
-    using = [dict(system, tools=tools), turns[0], call, dict(role='tool', content='t')]
-    on, off = ({f'{word}_thinking': value for word in ('enable', 'open')} for value in (True, False))
-    for layout in itertools.product([default[1] if default else ''], ('given', 'always', 'last'),
-                                    ('<think>\n', ''), (True, False)) if has_chatml else ():
-        layout = ChatML(*layout, trim=False)
-        off = off if layout.thinks != 'given' else {}
-        thoughts = [[turns[0], dict(turns[1], reasoning_content='r')]] * (layout.thinks != 'given')
-        whole, asking = (turns[:2], [system, *turns[:2]], *thoughts), (turns, [system, *turns])
-        if (all(theirs(messages, False, **off) == ours(messages, False) for messages in whole)
-                and all(theirs(messages, **off) == ours(messages) for messages in asking)
-                and theirs(turns, **on) == ours(turns, think=True)
-                and (not layout.tools or theirs(using, tools=tools, **off) == ours(using))):
-            return layout
-    layout = None
-    return None if theirs([system, *turns]) == ours([system, *turns]) else 'strange'
+    plain = [(turns[:2], False), ([system, *turns[:2]], False), (turns, True), ([system, *turns], True)]
+    thought = [turns[0], dict(turns[1], reasoning_content='r')]
+    # a template that passes over thoughts gives them no place, so ours is free
+    recalled = [] if theirs(thought, False) == theirs(*plain[0]) else [
+        (thought, False), ([*thought, turns[2]], True)]
+    call, tools = dict(turns[1], tool_calls=[dict(name='f', arguments=dict(x=1))] * 2), [dict(name='f')]
+    using = [([dict(first, tools=tools), *rest, call, *[dict(role='tool', content='t')] * 2], True)
+             for first, *rest in ([system, turns[0]], [turns[0]])]
+
+    def fits(layout):
+        cases, off = plain, None
+        if layout:
+            cases, off = plain + recalled + using * layout.tools, None if layout.thinks == 'given' else False
+        return all(theirs(*case, off) == ours(layout, *case, off) for case in cases) and (
+            not layout or theirs(turns, True, True) == ours(layout, turns, True, True))
+
+    default = re.match(r'<\|im_start\|>system\n(.*?)<\|im_end\|>', theirs(turns[:1], True) or '', re.DOTALL)
+    layouts = [ChatML(default[1] if default else '', *options) for options in itertools.product(
+        ('given', 'always', 'last'), ('<think>\n', ''), (True, False), (True, False))]
+    return [layout for layout in [*layouts * bool(tokenizer.layout), None] if fits(layout)]
 
 
 def print_mask(tokenizer, ids, mask):

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import copy
 import functools
+import gzip
 import io
 import json
 import os
@@ -42,7 +43,7 @@ from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import Piece, open_data, write_data
 from sample import load_run
-from train_tokenizer import Tokenizer, load_tokenizer, train_bpe
+from train_tokenizer import Tokenizer, encode_chat, load_tokenizer, train_bpe
 
 RUN = Run(torch.device('cpu'), torch.float32, 0, 1)
 SECONDS = 20            # more is a hang
@@ -111,7 +112,7 @@ def spoil_bytes(rng, raw):
     return bytes(raw)
 
 
-def spoil_file(rng, path):
+def spoil_file(rng, path, odd=ODD):
     path.write_bytes(spoil_bytes(rng, path.read_bytes()))
 
 
@@ -316,14 +317,38 @@ def read_adapters(rng, good, here):
     assert logits(model).isfinite().all()
 
 
+TEMPLATES = [
+    '{{ raise_exception("no") }}', '{% for m in messages %}', '{{ messages[9].content }}',
+    '{{ 1 / 0 }}', '\udc80',
+    '{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}',
+    '{% for i in range(10 ** 9) %}x{% endfor %}',
+    '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}', "{{ 'x' * 10 ** 10 }}",
+    '{{ 9 ** 9 ** 9 }}', '{{ lipsum(10 ** 9) }}', 'x' * 10**6, '{{' + '(' * 10**5, '{% if 1 %}' * 500,
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", '{% for m in messages %}{{ m.content }}{% endfor %}']
+
+
 def read_tokenizer(rng, good, here):
     shutil.copytree(good.folder / 'tokenizer', here / 'tok')
-    path = here / 'tok' / 'tokenizer.json'
-    if rng.random() < 0.2:
+    path, words = here / 'tok' / 'tokenizer.json', here / 'tok' / 'tokenizer_config.json'
+    generation, template = here / 'tok' / 'generation_config.json', here / 'tok' / 'chat_template.jinja'
+    generation.write_text(json.dumps(dict(bos_token_id=0, eos_token_id=[2, 0])))
+    own, which = json.loads(words.read_text(encoding='utf-8'))['chat_template'], rng.random()
+    if which < 0.2:
         spoil_file(rng, path)
-    else:
+    elif which < 0.5:
         spoil_json(rng, path, ODD + PARTS * 3)
+    elif which < 0.8:
+        changed = rng.choice([words, words, generation])
+        rng.choice([spoil_json, spoil_json, spoil_file])(rng, changed, ODD + TEMPLATES)
+    else:
+        odd = rng.choice(TEMPLATES).encode('utf-8', 'surrogatepass')
+        template.write_bytes(rng.choice([spoil_bytes(rng, own.encode()), odd]))
     tokenizer = load_tokenizer(str(here / 'tok'))
+    if which >= 0.5:
+        tokenizer.take_own_layout(aloud=False)
+        encode_chat(tokenizer, [dict(role='user', content='Who?'), dict(role='assistant', content='I.')])
+        tokenizer.save(here / 'again')
+        assert load_tokenizer(str(here / 'again')).layout == tokenizer.layout
     ids = tokenizer.encode(TEXT)
     assert max(ids) < tokenizer.vocab_size
     assert ''.join(tokenizer.decode(ids).lower().split()) == ''.join(TEXT.lower().split())
@@ -364,6 +389,19 @@ RECORDS = dict(
     text=[dict(text=f'{TEXT[i:i + 60]} {i}') for i in range(30)],
     sft=[dict(conversations=[dict(role='user', content=f'Who {i}?'), dict(role='assistant', content='I.')])
          for i in range(30)],
+    tools=[dict(messages=[
+        dict(role='system', content='', tools='[{"name": "f"}]'), dict(role='user', content=f'Who {i}?'),
+        dict(role='assistant', content=None, tool_calls=[dict(function=dict(name='f', arguments='{}'))]),
+        dict(role='tool', content='x'), dict(role='assistant', content=[dict(type='text', text='I.')]),
+        dict(role='user', content='bye')], tools=[dict(name='f')]) for i in range(30)],
+    thoughts=[dict(conversations=[
+        dict(role='user', content=f'Who {i}?'), dict(role='assistant', content='I.', reasoning_content='Hm.',
+             tool_calls='[{"name": "f", "arguments": {"a": 1}}]')]) for i in range(30)],
+    sharegpt=[dict(conversations=[
+        {'from': 'human', 'value': f'Who {i}?'}, {'from': 'function_call', 'value': '{"name": "f"}'},
+        {'from': 'observation', 'value': 'x'}, {'from': 'gpt', 'value': 'I.'}]) for i in range(30)],
+    trl=[dict(prompt=f'Who {i}?', chosen='I.', rejected=[dict(role='assistant', content='it')])
+         for i in range(30)],
     alpaca=[dict(instruction=f'Say {i}', input='', output='yes') for i in range(30)],
     dpo=[{side: [dict(role='user', content=f'Who {i}?'), dict(role='assistant', content=side)]
           for side in ('chosen', 'rejected')} for i in range(30)])
@@ -382,7 +420,11 @@ def read_records(rng, good, here):
         mark = ',' if name.endswith('.csv') else '\t'
         rows = [f'label{mark}text', *(f'{"ab"[i % 2]}{mark}"row {i}, {TEXT[i:i + 9]}"' for i in range(20))]
         raw = '\n'.join(rows).encode()
-    (here / name).write_bytes(spoil_bytes(rng, raw) if rng.random() < 0.6 else raw)
+    raw = spoil_bytes(rng, raw) if rng.random() < 0.6 else raw
+    if rng.random() < 0.2:
+        name, raw = f'{name}.gz', gzip.compress(raw)
+        raw = spoil_bytes(rng, raw) if rng.random() < 0.6 else raw
+    (here / name).write_bytes(raw)
     code, _ = run_script('prepare.py', f'--input={here / name}', f'--dataset={here}/prepared',
                          f'--tokenizer={good.folder}/tokenizer', *['--on_error=skip'] * skip)
     if code == 0:

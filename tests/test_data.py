@@ -149,10 +149,10 @@ def test_in_a_folder_a_file_is_a_document(tmp_path):
         (tmp_path / f'{i:02}.txt').write_text(text)
         (tmp_path / f'{i:02}b.TXT').write_bytes(f'\ufeff {text} \r\n'.encode())       # its twin
     documents, begun = [], ''
-    for split, text, ends_document, _ in read_pieces(str(tmp_path), val_fraction=0.3):
-        begun += text
-        if ends_document:
-            documents.append((split, begun.strip()))
+    for piece in read_pieces(str(tmp_path), val_fraction=0.3):
+        begun += piece.content
+        if piece.ends_document:
+            documents.append((piece.split, begun.strip()))
             begun = ''
     # whole, twins on the same side, and on the side of a record
     sides = ['val' if lot_of([text]) < 0.3 else 'train' for text in texts]
@@ -542,10 +542,11 @@ def test_the_task_and_what_has_no_use_in_it(script, tmp_path, tokenizer_folder, 
 
 
 def test_unused_fields_of_turns_and_columns(tmp_path):
-    turns = [dict(role='user', content='Hi'), dict(role='assistant', content='Yo', reasoning_content='Hm')]
-    write_lines(tmp_path / 'a.jsonl', [dict(messages=turns, tools=['t'], label=['x'])] * 3)
+    turns = [dict(role='user', content='Hi', reasoning_content='Hm'),
+             dict(role='assistant', content='Yo', reasoning_content='Hm', name='Bo')]
+    write_lines(tmp_path / 'a.jsonl', [dict(messages=turns, tools=['t'], label=['x'], kind='y')] * 3)
     assert len(list(read_pieces(str(tmp_path / 'a.jsonl'), 'sft'))) == 3
-    assert prepare.unused == {'"reasoning_content" of a turn': 3, '"tools"': 3}
+    assert prepare.unused == {'"reasoning_content" of a turn': 3, '"name" of a turn': 3, '"kind"': 3}
     prepare.unused.clear()
     rows = [f'{label},me,{label}{i}' for label in 'ab' for i in range(3)]
     (tmp_path / 'a.csv').write_text('\n'.join(['label,from,text', *rows, 'a,,A1']))

@@ -115,7 +115,7 @@ def test_every_kind_of_file_holds_the_same_conversations(tmp_path, tokenizer):
 MISTAKES = {
     'role.jsonl': (dict(messages=[dict(role='human', content='Hi')]), ["unknown role 'human'"]),
     'two.jsonl': (dict(messages=[*turns('Hi'), *turns('Hey')]), ["turn 2 is the user's"]),
-    'first.jsonl': (dict(messages=turns('a', 'b')[1:]), ["turn 1 is the assistant's, where the user's"]),
+    'first.jsonl': (dict(messages=turns('a', 'b')[1:]), ["no turn is the user's"]),
     'system.jsonl': (dict(messages=[*turns('a', 'b'), dict(role='system', content='c')]),
                      ["turn 3 is the system's"]),
     'last.jsonl': (dict(messages=turns('a')), ["nothing answers it"]),
