@@ -291,16 +291,22 @@ def from_turn(turn, what):
     if role == 'assistant' and (thought := turn.get('reasoning_content')):
         more['reasoning_content'] = check_text(thought, f"the thought of {what}").strip()
     if role == 'assistant' and (calls := items_of(turn.get('tool_calls') or [])):
-        calls = [call['function'] if field_of(call, 'function', 'name') == 'function' else call
-                 for call in calls]
-        more['tool_calls'] = [dict(name=check_text(call[field_of(call, 'name')], f"the call of {what}"),
-                                   arguments=call.get('arguments') or {}) for call in calls]
+        more['tool_calls'] = [call_of(call, f"the call of {what}") for call in calls]
     if isinstance(content, list):                       # of parts; of an image it has no text
         content = ''.join(check_text(part[field_of(part, 'text')], what) for part in content)
     content = content.strip() if isinstance(content, str) else content
     if content or not (more or role in ('system', 'tool')):
         check_text(content or turn[field_of(turn, 'content')], what)
     return dict(role=role, content=content or '', **more)
+
+
+def call_of(call, what):
+    """A call of a tool, OpenAI's or MiniMind's; one without a name is taken as it is, and counted."""
+    call = call['function'] if isinstance(call, dict) and isinstance(call.get('function'), dict) else call
+    if not isinstance(call, dict) or 'name' not in call:
+        unused['call without a name, written as it is'] += 1
+        return call
+    return dict(name=check_text(call['name'], what), arguments=call.get('arguments') or {})
 
 
 def items_of(value):

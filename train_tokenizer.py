@@ -508,8 +508,9 @@ def answer_text(message, layout, is_answer_to_last, is_last):
         thought, content = thought.rpartition('<think>')[2], content.lstrip('\n')
     thought = thought.strip('\n')
     for call in message.get('tool_calls', ()):
-        calls += '\n' * bool(content or calls) + '<tool_call>\n{"name": "' + call['name'] + (
-            '", "arguments": ' + as_json(call['arguments']) + '}\n</tool_call>')
+        if isinstance(call, dict) and 'name' in call:
+            call = '{"name": "' + call['name'] + '", "arguments": ' + as_json(call['arguments']) + '}'
+        calls += '\n' * bool(content or calls) + f'<tool_call>\n{as_json(call)}\n</tool_call>'
     if layout.thinks == 'last' and not (is_answer_to_last and (thought or is_last)) or (
             layout.thinks == 'given' and not thought):
         return '', content + calls

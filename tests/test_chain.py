@@ -56,7 +56,7 @@ def test_the_road_of_minimind(script, tmp_path):
     asked = [dict(user, content=f'Who {i}?') for i in range(90)]
     sums = [dict(using[1], content=f'{i} + 2?') for i in range(90)]
     files = dict(
-        pretrain_hq=[dict(text=TEXT)] * 9,
+        pretrain_hq=[dict(text=f'{i} {TEXT}') for i in range(60)],
         sft_t2t_mini=[dict(conversations=[user, keeper]) for user in asked]
         + [dict(conversations=[using[0], user, *using[2:]]) for user in sums],
         dpo=[dict(chosen=[user, keeper], rejected=[user, sea]) for user in asked])
@@ -85,11 +85,11 @@ def test_the_road_of_minimind(script, tmp_path):
     model = load_run(str(tmp_path / 'sft'))[0].half()
     (tmp_path / 'out').mkdir()
     torch.save(weights_to_hf(model.state_dict()), tmp_path / 'out' / 'full_sft_32.pth')
-    heads = '--weights_config=num_attention_heads=2'
+    theta = '--weights_config=rope_theta=1e6'
     answers = [script('sample.py', *of, *chat, input='Who?\n').stdout
-               for of in (['--out_dir=sft'], ['--init_from=out/full_sft_32.pth', heads])]
+               for of in (['--out_dir=sft'], ['--init_from=out/full_sft_32.pth', theta])]
     assert answers[0] == answers[1]
-    script('lora.py', *few, '--init_from=out/full_sft_32.pth', heads, '--dataset=./sft_t2t_mini',
+    script('lora.py', *few, '--init_from=out/full_sft_32.pth', theta, '--dataset=./sft_t2t_mini',
            '--out_dir=lora_of_pth', '--report_size=0')
 
 

@@ -312,6 +312,14 @@ def calls(calls, **more):
     return dict(messages=[USER, say('assistant', None, tool_calls=calls, **more)])
 
 
+@pytest.mark.parametrize('call', ['f(x)', [dict(id='1')]])
+def test_a_call_without_a_name_is_taken_as_it_is_and_counted(tokenizer, call):
+    messages = messages_of(calls(call))
+    assert prepare.unused == {'call without a name, written as it is': 1}
+    text = tokenizer.decode(encode_chat(tokenizer, messages)[0])
+    assert f'<tool_call>\n{call if isinstance(call, str) else json.dumps(call[0])}\n</tool_call>' in text
+
+
 BAD = {
     'role': (dict(messages=[say('function', 'x'), ANSWER]), "unknown role 'function'; there are"),
     'sharegpt role': (dict(conversations=[{'from': 'bing', 'value': 'x'}]), "unknown role 'bing'"),
@@ -319,8 +327,6 @@ BAD = {
     'no value': (dict(conversations=[{'from': 'human'}]), 'no field "value" among from'),
     'image': (dict(messages=[say('user', [dict(type='image_url', image_url='x')]), ANSWER]),
               'no field "text" among type'),
-    'no name': (calls([dict(id='1')]), 'no field "function" or "name" among id'),
-    'no json': (calls('f(x)'), 'no field "function" or "name"'),
     'nothing': (calls('[]', reasoning_content=''), 'turn 2, of the assistant, is not a text but null'),
     'blank': (dict(messages=[USER, say('assistant', ' ', tool_calls=[])]),
               'turn 2, of the assistant, is empty'),
@@ -592,7 +598,7 @@ def test_a_conversation_with_thoughts_is_what_the_template_renders(with_template
     typed = io.BytesIO(b'Who?\nAnd?\nWho?\n/reset\nWho?\n/exit\nno\n')
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(typed))
     model = torch.nn.Linear(1, 1)
-    model.config = type('Config', (), dict(context=4096))
+    model.config = type('Config', (), dict(context=4096, trained_length=0))
     sample.converse(model, tokenizer, 'Keep it.', True, 50)
     half = SAID[name][:16].removeprefix('<think>').strip()
     history = [say('system', 'Keep it.'), say('user', 'Who?'),
