@@ -34,8 +34,8 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from poetry_form import (CI_ORDERS, FORMS, ORDERS, THEMES, Judge, couplets, form_of, limits, lines_of,
-                         load_judge, print_marks, samples_of, tables)
+from poetry_form import (CI_ORDERS, FORMS, ORDERS, THEMES, Judge, chinese, couplets, form_of, limits,
+                         lines_of, load_judge, print_marks, samples_of, tables)
 
 RAW = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'raw')
 ARCHIVE = 'chinese-poetry-2.0.1.tgz'
@@ -70,9 +70,9 @@ def fail(message):
 def read_archive(path, sha256=SHA256):
     """(Poems, Counter of (character, tone)) of the collection, in simplified characters."""
     if not os.path.isfile(path):
-        fail(f"{path} is missing: run `npm pack chinese-poetry@2.0.1` in {os.path.dirname(path)}, or get "
-             f"https://registry.npmjs.org/chinese-poetry/-/{ARCHIVE} (or from the mirror registry.npmmirror.com);"
-             f" its sha256 is {sha256}")
+        fail(f"{path} is missing: run `npm pack chinese-poetry@2.0.1` in {os.path.dirname(path)}, or get it "
+             f"from https://registry.npmjs.org/chinese-poetry/-/{ARCHIVE} (or registry.npmmirror.com); its "
+             f"sha256 is {sha256}")
     with open(path, 'rb') as f:
         if hashlib.sha256(f.read()).hexdigest() != sha256:
             fail(f"{path} is not the file it should be (its sha256 is not {sha256}): fetch it anew")
@@ -104,7 +104,8 @@ def read_archive(path, sha256=SHA256):
             tones.update(zip(''.join(text), strains[number]))
         text = '\n'.join(text)
         lines = lines_of(text)
-        if lines and (lines not in poems or era == 'tang'):        # one of equal poems, and the older
+        # without those that have gaps and notes; one of equal poems, and the older
+        if lines and chinese(lines) and (lines not in poems or era == 'tang'):
             poems[lines] = Poem(era, title, author, couplets(lines) if form_of(lines) else text, lines)
     return split(list(poems.values())), tones
 

@@ -283,6 +283,6 @@ def load_judge(folder):
                 lines = lines_of(text)
                 if record['split'] == 'train':
                     judge.known.update(lines)
-                elif form_of(lines):
+                elif name == 'poems' and form_of(lines):
                     held_out.append(lines)
     return judge, held_out
