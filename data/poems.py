@@ -10,7 +10,7 @@ The built-in sets of classical Chinese poems.
 The archive is read in place. Into data/raw/ go
 
     poems.jsonl         for pretraining: title, author and lines
-        {"text": "春夜\n某人\n...，...。\n...，...。\n", "split": "train"}
+        {"text": "《春夜》\n某人\n...，...。\n...，...。\n", "split": "train"}
     poems_sft.jsonl     for instruction tuning: orders, each with a real poem that fulfils it
         {"conversations": [{"role": "user", "content": "以《春夜》为题写一首五言绝句"}, ...], "split": "val"}
     ci_sft.jsonl        the same for ci, poems with lines of the lengths that their tune asks for
@@ -81,28 +81,25 @@ def read_archive(path, sha256=SHA256):
     except ImportError:
         fail("a package is missing that simplifies characters: pip install zhconv")
     print(f"reading {path} (a minute)", flush=True)
-    names = re.compile(r'package/dist/(?:quantangshi|strains/json|songci)/(poet|ci)\.(tang|song)\.\d+\.json')
-    rows, numbers, strains = [], [], {}
+    names = re.compile(r'package/dist/(quantangshi|strains/json|songci)/(poet|ci)\.(tang|song)\.\d+\.json')
+    found, strains = [], {}
     with tarfile.open(path, 'r|gz') as archive:
         for member in archive:
             name = names.fullmatch(member.name)
-            for record in json.load(archive.extractfile(member)) if name else ():
-                if 'strains' in record:
-                    strains[record['id']] = ''.join(record['strains'])
-                    continue
-                era = 'ci' if name[1] == 'ci' else name[2]
-                head = (era, record['rhythmic' if era == 'ci' else 'title'], record['author'])
-                fields = [*head, *record['paragraphs']]
-                rows.append('\t'.join(' '.join(field.split()) for field in fields))
-                numbers.append(record.get('id'))
+            records = json.load(archive.extractfile(member)) if name else ()
+            if name and name[1] == 'strains/json':
+                strains.update((record['id'], ''.join(record['strains'])) for record in records)
+            elif name:                              # zh-cn would put today's words for some, too
+                simplified = convert(json.dumps(records, ensure_ascii=False), 'zh-hans').translate(SHAPES)
+                found += [('ci' if name[2] == 'ci' else name[3], record) for record in json.loads(simplified)]
     poems, tones = {}, Counter()
-    # all at once, which is faster; zh-hans simplifies characters, zh-cn would put today's words for some
-    rows = convert('\n'.join(rows), 'zh-hans').translate(SHAPES).split('\n')
-    for row, number in zip(rows, numbers):
-        era, title, author, *text = row.split('\t')
-        if len(''.join(text)) == len(strains.get(number, '')):
-            tones.update(zip(''.join(text), strains[number]))
-        text = '\n'.join(text)
+    for era, record in found:
+        title = record['rhythmic' if era == 'ci' else 'title']
+        title, author = (' '.join(field.split()) for field in (title, record['author']))
+        verse, strain = ''.join(record['paragraphs']), strains.get(record.get('id'), '')
+        if len(verse) == len(strain):
+            tones.update(zip(verse, strain))
+        text = '\n'.join(record['paragraphs'])
         lines = lines_of(text)
         # without those that have gaps and notes; one of equal poems, and the older
         if lines and chinese(lines) and (lines not in poems or era == 'tang'):
@@ -138,9 +135,9 @@ def split(poems):
 # ---- poems -> records ----
 
 def texts(poems):
-    """Records for pretraining."""
+    """Records for pretraining. A title is marked as an order will mark it."""
     for poem in poems:
-        yield dict(text=f'{poem.title}\n{poem.author}\n{poem.text}\n', split=poem.split)
+        yield dict(text=f'《{poem.title}》\n{poem.author}\n{poem.text}\n', split=poem.split)
 
 
 def an_order(poem, rng, poets, kinds):

@@ -22,9 +22,9 @@ from prepare import BUILT_IN, read_meta, read_split
 poems_py = data_script('poems')
 form_py = data_script('poetry_form')
 
-# Characters of invented poems: three rhymes, and others that are level or oblique. 雲 is to become 云.
+# Characters of invented poems: three rhymes, and others that are level or oblique. 雲 is to become 云, 浄 净.
 RHYMES = ['流楼秋舟愁州头游', '声生明情清名城成', '长凉光香霜堂忙方']
-LEVEL, OBLIQUE = '春雲山天松江花风烟门心人千青', '月雪水竹酒夜雨草远柳落白寺路'
+LEVEL, OBLIQUE = '春雲山天松江花风烟门心人千青', '月雪水竹酒夜雨草远柳落浄寺路'
 TONE = {**dict.fromkeys(''.join(RHYMES) + LEVEL, '平'), **dict.fromkeys(OBLIQUE, '仄')}
 
 
@@ -120,10 +120,10 @@ def test_texts_are_title_author_and_simplified_lines_of_regular_form(make, raw):
     texts = [record['text'] for record in records(raw, 'poems')]
     assert len(texts) == 700 and not any('雲' in text or '□' in text for text in texts)
     title, author, *rows, end = texts[0].split('\n')
-    assert title[-3:] == ' 其一' and author in ('甲生', '乙生') and end == ''
+    assert title in ('《春夜 其一》', '《山行 其一》') and author in ('甲生', '乙生') and end == ''
     assert all(len(row) in (12, 16) and row[len(row) // 2 - 1] + row[-1] == '，。' for row in rows)
     everything = [record['text'] for record in records(make(everything=True), 'poems')]
-    assert set(texts) < set(everything) and any(text.startswith('句\n') for text in everything)
+    assert set(texts) < set(everything) and any(text.startswith('《句》\n') for text in everything)
     assert len(everything) == 700 + 500 + 2        # a fragment; the same poem twice; a version of it
 
 
@@ -180,7 +180,7 @@ def test_the_tables_find_the_rhymes_and_tones_of_the_poems(raw):
     tables = json.loads((raw / 'poems_form.json').read_text())
     assert sorted(map(sorted, tables['rhymes'])) == sorted(map(sorted, RHYMES))
     assert set(tables['level']) == set(''.join(RHYMES) + LEVEL.replace('雲', '云'))
-    assert set(tables['oblique']) == set(OBLIQUE)
+    assert set(tables['oblique']) == set(OBLIQUE.replace('浄', '净'))
 
 
 def test_prepare_reads_all_sets_as_they_are(script, raw, tmp_path, tokenizer_folder):
@@ -210,12 +210,14 @@ def test_a_poem_that_keeps_all_rules(judge):
     assert judge.marks(POEM, '写一首五言绝句') == dict(
         form=True, rhyme=True, tones=True, line_tones=1, copied=0.25, order=True)
     assert 'order' not in judge.marks(POEM)
-    assert judge.marks(f'登楼\n某人\n{POEM}\n') == judge.marks(POEM)         # its title is no line
+    assert judge.marks(f'《登楼》\n某人\n{POEM}\n') == judge.marks(POEM)         # its title is no line
 
 
 @pytest.mark.parametrize('old, new, wrong', [
     ('楼', '风', {'rhyme'}), ('楼', '流', {'rhyme'}), ('楼', '上', {'rhyme', 'tones'}),
-    ('日', '山', {'tones'}), ('穷千里目', '里千穷目', {'tones'}), ('目', '中', {'tones'}),
+    ('日', '山', {'tones'}), ('河', '海', {'tones'}), ('目', '千', {'tones'}),
+    ('穷千里', '里千穷', {'tones'}),
+    ('欲穷千里目，更上一层楼', '更上一中目，欲穷千里楼', {'tones'}),
     ('尽', '', {'form', 'rhyme', 'tones'}), ('目，更上一层楼', '目', {'form', 'rhyme', 'tones'}),
     ('尽', 'x', {'form', 'rhyme', 'tones'}), (POEM, '', {'form', 'rhyme', 'tones'})])
 def test_each_fault_is_seen(judge, old, new, wrong):
@@ -283,16 +285,19 @@ def test_a_file_without_poems_is_one_line(raw, tmp_path, name, content):
         form_py.samples_of(str(tmp_path / name))
 
 
-def test_what_is_missing_or_damaged_is_one_line(script, tmp_path, archive, monkeypatch, capsys):
-    copy = tmp_path / 'data'
-    copy.mkdir()
-    for name in ('poems', 'poetry_form'):
-        shutil.copy(ROOT / 'data' / f'{name}.py', copy)
-    for options, words in (([], ['npm pack chinese-poetry@2.0.1', str(copy / 'raw'), poems_py.SHA256, 'https://']),
-                           (['--judge=a.json'], ['run `python data/poems.py` first']),
-                           (['--al'], ['--al: give nothing, or --all, or --judge=FILE'])):
-        line = script(copy / 'poems.py', *options, code=2, process=True).stderr
-        assert all(word in line for word in words)
+def test_what_is_missing_or_damaged_is_one_line(
+        script, tmp_path, archive, tokenizer_folder, monkeypatch, capsys):
+    for name in ('configurator.py', 'train_tokenizer.py', 'prepare.py', 'data/poems.py', 'data/poetry_form.py',
+                 'data/chatml.jinja'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    missing = ['npm pack chinese-poetry@2.0.1', str(tmp_path / 'data' / 'raw'), poems_py.SHA256, 'https://']
+    for name, option, words in [('prepare', '--dataset=poems_sft', missing),
+                                ('data/poems', '--judge=a.json', ['run `python data/poems.py` first']),
+                                ('data/poems', '--al', ['--al: give nothing, or --all, or --judge=FILE'])]:
+        options = [option, f'--tokenizer={tokenizer_folder}'] if name == 'prepare' else [option]
+        line = script(tmp_path / f'{name}.py', *options, code=2, process=True).stderr
+        assert all(word in line for word in words), line
     monkeypatch.setitem(sys.modules, 'zhconv', None)
     sha256 = hashlib.sha256(archive).hexdigest()
     for content, words in (archive[:-9], 'not the file it should be'), (archive, 'pip install zhconv'):
