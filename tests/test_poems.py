@@ -150,6 +150,18 @@ def test_versions_of_a_poem_stand_on_one_side():
     assert splits[:300] == splits[300:] and 10 < splits.count('val') / 2 < 60
 
 
+def test_poems_that_quote_a_line_of_everybody_are_for_training():
+    poems = [poems_py.Poem('tang', '', '', f'{i}', (f'{i}', f'quoted {i % 20}')) for i in range(20 * 150)]
+    assert {poem.split for poem in poems_py.split(poems)} == {'train'}
+
+
+def test_a_rare_rhyme_joins_no_classes_and_a_character_of_two_readings_is_in_both():
+    often = ['天年', '年前', '天前', '秋流', '流楼', '秋楼']
+    ties = {'天秋': 1, '还天': 4, '还秋': 3, **dict.fromkeys(often, 40)}
+    poems = [('', a, '', b) for (a, b), n in ties.items() for _ in range(n)]
+    assert sorted(map(sorted, form_py.rhyme_classes(poems))) == [sorted('天年前还'), sorted('秋流楼还')]
+
+
 def test_answers_fulfil_their_orders_of_all_kinds(raw):
     judge, _ = form_py.load_judge(raw)
     for name, kinds in ('poems_sft', form_py.ORDERS), ('ci_sft', form_py.CI_ORDERS):
@@ -216,7 +228,7 @@ def test_a_poem_that_keeps_all_rules(judge):
 @pytest.mark.parametrize('old, new, wrong', [
     ('楼', '风', {'rhyme'}), ('楼', '流', {'rhyme'}), ('楼', '上', {'rhyme', 'tones'}),
     ('日', '山', {'tones'}), ('河', '海', {'tones'}), ('目', '千', {'tones'}),
-    ('穷千里', '里千穷', {'tones'}),
+    ('穷千里', '里千穷', {'tones'}), ('更上一层楼', '更中一上楼', {'tones'}),
     ('欲穷千里目，更上一层楼', '更上一中目，欲穷千里楼', {'tones'}),
     ('尽', '', {'form', 'rhyme', 'tones'}), ('目，更上一层楼', '目', {'form', 'rhyme', 'tones'}),
     ('尽', 'x', {'form', 'rhyme', 'tones'}), (POEM, '', {'form', 'rhyme', 'tones'})])
@@ -287,14 +299,15 @@ def test_a_file_without_poems_is_one_line(raw, tmp_path, name, content):
 
 def test_what_is_missing_or_damaged_is_one_line(
         script, tmp_path, archive, tokenizer_folder, monkeypatch, capsys):
-    for name in ('configurator.py', 'train_tokenizer.py', 'prepare.py', 'data/poems.py', 'data/poetry_form.py',
-                 'data/chatml.jinja'):
+    for name in ('configurator.py', 'train_tokenizer.py', 'prepare.py',
+                 'data/chatml.jinja', 'data/poems.py', 'data/poetry_form.py'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    missing = ['npm pack chinese-poetry@2.0.1', str(tmp_path / 'data' / 'raw'), poems_py.SHA256, 'https://']
-    for name, option, words in [('prepare', '--dataset=poems_sft', missing),
-                                ('data/poems', '--judge=a.json', ['run `python data/poems.py` first']),
-                                ('data/poems', '--al', ['--al: give nothing, or --all, or --judge=FILE'])]:
+    missing = ['npm pack chinese-poetry@2.0.1', str(tmp_path / 'data/raw'), poems_py.SHA256]
+    for name, option, words in [
+            ('prepare', '--dataset=poems_sft', missing),
+            ('data/poems', '--judge=a.json', ['run `python data/poems.py` first']),
+            ('data/poems', '--al', ['--al: give nothing, or --all, or --judge=FILE'])]:
         options = [option, f'--tokenizer={tokenizer_folder}'] if name == 'prepare' else [option]
         line = script(tmp_path / f'{name}.py', *options, code=2, process=True).stderr
         assert all(word in line for word in words), line
