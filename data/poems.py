@@ -248,12 +248,12 @@ def own_pairs(samples, judge):
 
 def labelled(poems):
     """Rows [label, text] of held-out poems; of each form as many of Tang as of Song."""
-    texts = defaultdict(list)
+    found = defaultdict(list)
     for poem in sorted(poems, key=lambda poem: number_of(poem.text)):
         if poem.split == 'val':
-            texts[poem.era, poem.form].append(poem.text.replace('\n', ''))
+            found[poem.era, poem.form].append(poem.text.replace('\n', ''))
     for form in FORMS:
-        for tang, song in zip(texts['tang', form], texts['song', form]):
+        for tang, song in zip(found['tang', form], found['song', form]):
             yield from (['唐', tang], ['宋', song])
 
 
