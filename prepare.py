@@ -81,6 +81,11 @@ BUILT_IN = {
     'pydoc_sft': ('sft', f'raw/pydoc_sft-{PYTHON}.jsonl', 'data/pydoc.py'),
     'pydoc_dpo': ('dpo', f'raw/pydoc_dpo-{PYTHON}.jsonl', 'data/pydoc.py'),
     'reason': ('sft', 'raw/reason.jsonl', 'data/reason.py'),
+    'poems': ('pretrain', 'raw/poems.jsonl', 'data/poems.py'),
+    'poems_sft': ('sft', 'raw/poems_sft.jsonl', 'data/poems.py'),
+    'poems_dpo': ('dpo', 'raw/poems_dpo.jsonl', 'data/poems.py'),
+    'poems_cls': ('cls', 'raw/poems_cls.csv', 'data/poems.py'),
+    'ci_sft': ('sft', 'raw/ci_sft.jsonl', 'data/poems.py'),
     'spam': ('cls', 'spam.csv', ''),                    # comes with the code
     'verdict': ('pretrain', 'raw/the-verdict.txt', 'data/download.py verdict'),
     'shakespeare': ('pretrain', 'raw/shakespeare.txt', 'data/download.py shakespeare'),

