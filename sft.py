@@ -228,8 +228,12 @@ def write_report(out_dir, model, tokenizer, split, docs, size, max_new_tokens):
     """Answer `size` held-out conversations; write prompt, expected and generated answer to report.json, print
     some of them, and return a line that sums it up."""
     path = os.path.join(out_dir, 'report.json')
-    pairs = [(prompt, expected) for prompt, expected in last_answers(split, spread(docs, size))
+    asked = last_answers(split, spread(docs, size))
+    pairs = [(prompt, expected) for prompt, expected in asked
              if len(prompt) + max_new_tokens <= model.config.context]
+    if len(pairs) < len(asked):
+        print(f"{len(asked) - len(pairs)} of {len(asked)} questions are left out of the report: with an "
+              f"answer of max_new_tokens={max_new_tokens} they exceed the context of {model.config.context}")
     given = answers(model, tokenizer, [prompt for prompt, _ in pairs], max_new_tokens)
     report = []
     for (prompt, expected), (text, stopped) in zip(pairs, given):

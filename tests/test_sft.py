@@ -243,3 +243,12 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(tokenizer):
     assert [m['content'] for m in messages] == ['Be kind.', 'c', 'd', 'e']
     assert shorter == encode_chat(tokenizer, messages, add_generation_prompt=True)[0]
     assert prompt_that_fits(tokenizer, messages, 5) is None
+
+
+def test_questions_that_leave_no_room_for_an_answer_are_counted(script, run_folder, tmp_path, tokenizer):
+    chat = (dict(role='user', content='Who? ' * 20), dict(role='assistant', content='A keeper.'))
+    pieces = [Piece('train', (chat,)), Piece('val', (chat,))]
+    write_data(str(tmp_path / 'chats'), tokenizer, pieces, 'x', 'sft')
+    out = script('sft.py', f'--init_from={run_folder}', '--dataset=./chats', '--max_iters=1', '--batch_size=1',
+                 '--block_size=256', '--max_new_tokens=250', '--device=cpu', '--dtype=float32').stdout
+    assert '1 of 1 questions are left out of the report' in out and '0 held-out answers' in out
