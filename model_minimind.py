@@ -17,7 +17,6 @@ functions that read, check and write files of weights.
 
     python model_minimind.py                              # sizes, part by part, and the bytes of a KV cache
 """
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import build_model, check_sizes, read_json, read_weights, write_weights
+from configurator import build_model, check_sizes, read_json, read_weights, write_model
 
 
 @dataclass
@@ -478,17 +477,16 @@ class MiniMind(nn.Module):
 
     def save_pretrained(self, folder, **extra):
         """Write a folder that transformers loads: as Llama without qk_norm, Qwen3 with it, Qwen3-MoE if there
-        are experts too; ValueError where none of the three computes the same. Weights, config.json and
-        generation_config.json, both with `extra`, the ids of special tokens, in them."""
-        config = dict(config_to_hf(self.config), **extra)
-        os.makedirs(folder, exist_ok=True)
-        for name, content in (('config.json', config), ('generation_config.json', extra)):
-            with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
-                json.dump(content, f, indent=2)
+        are experts too; ValueError where none of the three computes the same. extra: more for config.json."""
+        config, state = self.to_hf()
+        write_model(folder, {**config, **extra}, state)
+
+    def to_hf(self):
+        """(config.json as a dict, {name: tensor}) as transformers has them; ValueError: see above."""
         state = weights_to_hf(self.state_dict())
         if self.config.tie_word_embeddings:             # transformers takes it from embed_tokens
             del state['lm_head.weight']
-        write_weights(folder, state)
+        return config_to_hf(self.config), state
 
 
 # ---- formats of the weights ----
@@ -570,7 +568,7 @@ def config_to_hf(config):
     unused = OURS if config.use_moe else OURS + EXPERT_KEYS
     return dict({key: value for key, value in asdict(config).items() if key not in unused},
                 model_type=kind, architectures=[CLASSES[kind]], hidden_act='silu', attention_bias=False,
-                attention_dropout=config.dropout, torch_dtype='float32')
+                attention_dropout=config.dropout)
 
 
 def config_of_official(state):

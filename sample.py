@@ -7,6 +7,7 @@ Generate text from a trained model (tutorial chapter I-6).
     echo "class Queue" | python sample.py --start=- --num_samples=3 --seed=7 --show_probs
     python sample.py --out_dir=out/sft --chat                       # a conversation (chapters I-8 and II-9)
     python sample.py --out_dir=out/sft --export_dir=hf          # a run -> a folder that transformers loads
+    python sample.py --out_dir=out/sft --export_gguf=model.gguf             # a run -> a file for llama.cpp
 
 A model gives each token a number, its logit; softmax turns them into the distribution of the next token.
 Decoding picks from it: the likeliest token each time (greedy, temperature=0), or one drawn at random, after
@@ -18,7 +19,9 @@ Decoding picks from it: the likeliest token each time (greedy, temperature=0), o
 """
 import difflib
 import importlib.util
+import json
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -27,9 +30,9 @@ from dataclasses import replace
 import torch
 
 from configurator import (at_least, between, build_model, check_weights, configure, draw, fail, fingerprint,
-                          load_checkpoint, one_of, read_json, refuse_model, start_run)
-from model_gpt2 import GPT2, OFFICIAL, GPT2Config
-from model_minimind import MiniMind, MiniMindConfig
+                          load_checkpoint, make_folder, one_of, read_json, refuse_model, replacing, start_run)
+from model_gpt2 import GPT2, OFFICIAL, TRANSPOSED, GPT2Config
+from model_minimind import MiniMind, MiniMindConfig, rope_table
 from train_tokenizer import encode_chat, load_tokenizer
 
 # the model
@@ -37,6 +40,7 @@ out_dir = 'out/pretrain'    # folder of the run whose model speaks
 init_from = ''              # instead of out_dir: a Hugging Face folder, or 'gpt2', 'gpt2-medium', ...
 yarn_factor = 1.0           # minimind: read texts so many times longer than in training (chapter II-4)
 export_dir = ''             # write the model here as a Hugging Face folder, and stop
+export_gguf = ''            # write it into this file, which llama.cpp and Ollama load, and stop
 # the text
 start = 'def '              # prompt, or FILE:path, or '-' for standard input
 lines = False               # take each line of start as a prompt of its own, all in one batch
@@ -427,12 +431,16 @@ def plot_distribution(path, logits, tokenizer, temperatures=(1, 0.1, 5), n=9):
         axes.legend()
 
 
+# ---- out: a folder for transformers, a file for llama.cpp ----
+
 def export(model, tokenizer, folder):
     """Write a folder that AutoModelForCausalLM and AutoTokenizer of transformers load."""
-    ends = sorted(tokenizer.ends)
+    ids, ends = {f'{name}_id': i for name, i in tokenizer.special.items()}, sorted(tokenizer.ends)
+    ids['eos_token_id'] = ends if len(ends) > 1 else ends[0]
+    tokenizer.generation.update(ids)
+    tokenizer.words['model_max_length'] = model.config.context
     try:
-        model.save_pretrained(folder, bos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot,
-                              eos_token_id=ends if len(ends) > 1 else ends[0])
+        model.save_pretrained(folder, **ids)
         tokenizer.save(folder)
     except ValueError as e:                             # no model of transformers computes the same
         fail(str(e))
@@ -440,19 +448,130 @@ def export(model, tokenizer, folder):
         fail(f"cannot write {folder}: {e.strerror}")
 
 
+# config.json's names of sizes, and GGUF's
+SIZES = dict(
+    n_layer='block_count', num_hidden_layers='block_count', n_positions='context_length',
+    max_position_embeddings='context_length', n_embd='embedding_length', hidden_size='embedding_length',
+    intermediate_size='feed_forward_length', n_head='attention.head_count', head_dim='attention.key_length',
+    num_attention_heads='attention.head_count', num_key_value_heads='attention.head_count_kv',
+    layer_norm_epsilon='attention.layer_norm_epsilon', rms_norm_eps='attention.layer_norm_rms_epsilon',
+    num_experts='expert_count', num_experts_per_tok='expert_used_count',
+    moe_intermediate_size='expert_feed_forward_length')
+# how text is split before bytes are merged: llama.cpp's name, and what a tokenizer.json says of the same
+SPLIT_BYTES = dict(type='ByteLevel', add_prefix_space=False, use_regex=True)
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+         r"\s+(?!\S)|\s+")
+SPLITS = {'gpt-2': [SPLIT_BYTES], 'smollm': [dict(type='Digits', individual_digits=True), SPLIT_BYTES]} | {
+    name: [dict(type='Split', pattern=dict(Regex=regex), behavior='Isolated', invert=False),
+           dict(SPLIT_BYTES, use_regex=False)] for name, regex in (
+               ('qwen2', QWEN2), ('llama-bpe', QWEN2.replace(r'|\p{N}|', r'|\p{N}{1,3}|')))}
+
+
+def gguf_tokenizer(tokenizer, vocab_size):
+    """The metadata of a GGUF file on its tokenizer; ValueError if llama.cpp would make other ids of a text."""
+    added, state = tokenizer.backend.get_added_tokens_decoder(), json.loads(tokenizer.backend.to_str())
+    bpe, splits, normalizer = state['model'], state['pre_tokenizer'] or {}, state['normalizer']
+    splits = [{key: value for key, value in part.items() if key != 'trim_offsets'}
+              for part in splits.get('pretokenizers', [splits])]
+    split = next((name for name, known in SPLITS.items() if known == splits), None)
+    if (not split or bpe['type'] != 'BPE' or not bpe['merges'] or bpe['end_of_word_suffix']
+            or bpe['ignore_merges'] != (split == 'llama-bpe') or normalizer not in (None, {'type': 'NFC'})
+            or any(t.lstrip or t.rstrip or t.single_word for t in added.values() if not t.special)):
+        raise ValueError("llama.cpp would make other ids than this tokenizer: it takes byte-level BPE that "
+                         "splits text as GPT-2, SmolLM, Qwen2 or Llama 3 do")
+    if normalizer:
+        print("the tokenizer composes accents (NFC), llama.cpp does not: it wants text that is", file=sys.stderr)
+    tokens, types = [f'[PAD{i}]' for i in range(vocab_size)], [5] * vocab_size     # 5: an id without a token
+    for token, i in tokenizer.backend.get_vocab().items():
+        tokens[i], types[i] = token, 1
+    for i, token in added.items():                      # 3: never made from text; 4: from any text
+        types[i] = 3 if token.special else 4
+    special = tokenizer.special
+    more = sorted(tokenizer.ends - {special['eos_token']})
+    if len(more) > 2:
+        raise ValueError(f"llama.cpp knows 3 ids that end an answer, and this model has {1 + len(more)}")
+    ids = dict(bos=special['bos_token'], eos=special['eos_token'], padding=special['pad_token'],
+               **dict(zip(('eot', 'eom'), more)))
+    own = dict(model='gpt2', pre=split, tokens=tokens, token_type=types, add_bos_token=False,
+               merges=[*map(' '.join, bpe['merges'])], **{f'{name}_token_id': i for name, i in ids.items()})
+    return {'tokenizer.chat_template': tokenizer.template,
+            **{f'tokenizer.ggml.{key}': value for key, value in own.items()}}
+
+
+def write_gguf(model, tokenizer, path):
+    """Write one file that llama.cpp loads; one line if it would compute anything else than this model does.
+    Matrices have the model's dtype, vectors, positions and routers float32, as llama.cpp wants them."""
+    import gguf
+    config, state = model.to_hf()
+    arch, D, scaling = config['model_type'].replace('_', ''), config.get('head_dim'), config.get('rope_scaling')
+    if config.get('activation_function', 'gelu_new') == 'gelu':
+        raise ValueError("llama.cpp's GPT-2 has no exact GELU")
+    if config.get('norm_topk_prob') is False:
+        raise ValueError("llama.cpp's mixture has norm_topk_prob=True")
+    about = {SIZES[key]: value for key, value in config.items() if key in SIZES}
+    if arch == 'gpt2':
+        about['feed_forward_length'] = 4 * config['n_embd']
+    else:
+        about.update({'attention.value_length': D, 'rope.dimension_count': D,
+                      'rope.freq_base': float(config['rope_theta'])})
+    if scaling and scaling['rope_type'] == 'llama3' and arch == 'llama':        # it wants factors, one a pair
+        cos, sin = rope_table(model.config)[:, 1, :D // 2]
+        plain = config['rope_theta'] ** (-torch.arange(0, D, 2).float() / D)
+        state['rope_freqs.weight'] = plain / torch.atan2(sin, cos)
+    elif scaling:
+        if scaling['rope_type'] != 'yarn' or any(scaling.get(key) not in (None, value) for key, value in (
+                ('attention_factor', None), ('beta_fast', 32), ('beta_slow', 1))):
+            raise ValueError(f"llama.cpp would scale RoPE otherwise than {scaling}")
+        about.update({'rope.scaling.type': 'yarn', 'rope.scaling.factor': float(scaling['factor']),
+                      'rope.scaling.original_context_length': scaling['original_max_position_embeddings']})
+    about = {**{f'{arch}.{key}': value for key, value in about.items()},
+             **gguf_tokenizer(tokenizer, config['vocab_size'])}
+    stacks = {}                                         # experts one by one -> one tensor
+    for name, value in state.items():
+        stacks.setdefault(re.sub(r'experts\.\d+', 'experts', name), []).append(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], about[f'{arch}.block_count'])
+    with replacing(path) as new:
+        writer = gguf.GGUFWriter(new, arch)
+        put = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+               list: writer.add_array}
+        for key, value in about.items():
+            put[type(value)](key, value)
+        for name, values in stacks.items():
+            value = torch.stack(values) if '.experts.' in name else values[0]
+            if name.endswith(TRANSPOSED):
+                value = value.T
+            if arch == 'llama' and re.search(r'\.[qk]_proj', name):         # its RoPE pairs neighbours
+                value = value.unflatten(0, (-1, 2, D // 2)).transpose(1, 2).flatten(0, 2)
+            layer, _, kind = name.rpartition('.')
+            plain = value.dim() == 1 or layer.endswith(('wpe', 'mlp.gate'))
+            dtype = gguf.GGMLQuantizationType[dict(bfloat16='BF16', float16='F16').get(
+                '' if plain else str(value.dtype)[6:], 'F32')]
+            writer.add_tensor(f'{names.get_name(layer) or layer}.{kind}',
+                              gguf.quantize(value.float().cpu().numpy(), dtype), raw_dtype=dtype)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
 if __name__ == '__main__':
     configure(globals(), {
         'chat': 'system thinking', '!init_from': 'out_dir',
         '!export_dir': 'chat start lines num_samples stop show_probs plot',
+        '!export_gguf': 'chat start lines num_samples stop show_probs plot export_dir',
         '!chat': 'start lines num_samples stop show_probs plot on_full use_cache'},
         num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0), top_p=between(0, 1),
         min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'),
         yarn_factor=at_least(1))
     if export_dir:
         refuse_model(export_dir, 'export_dir')
+    if os.path.exists(export_gguf):
+        fail(f"--export_gguf={export_gguf} is there already: choose another name, or remove that")
+    if export_gguf and not importlib.util.find_spec('gguf'):
+        fail("--export_gguf needs a package: pip install gguf")
     run = start_run(device, dtype, seed)
     source = init_from or out_dir
-    model, tokenizer, _ = load_run(source, run.device)
+    model, tokenizer, checkpoint = load_run(source, run.device)
     if yarn_factor > 1:
         if model.config.model_type != 'minimind':
             fail("--yarn_factor slows down RoPE, which GPT-2 does not have")
@@ -460,9 +579,15 @@ if __name__ == '__main__':
             model.extend_context(yarn_factor)
         except ValueError as e:
             fail(f"--yarn_factor: {source}: {e}")
-    if export_dir:
-        export(model, tokenizer, export_dir)
-        print(f"wrote {export_dir}, which AutoModelForCausalLM.from_pretrained of transformers loads")
+    if export_dir or export_gguf:
+        if dtype != 'auto':
+            model.to(run.dtype)
+        if export_dir:
+            export(model, tokenizer, export_dir)
+            print(f"wrote {export_dir}, which AutoModelForCausalLM.from_pretrained of transformers loads")
+        else:
+            write_gguf(model, tokenizer, export_gguf)
+            print(f"wrote {export_gguf}, which llama.cpp loads")
         sys.exit()
     model.to(run.dtype)
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

@@ -73,12 +73,12 @@ class Tokenizer:
         backend.encode_special_tokens = True        # the library's name for taking them as ordinary text
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         self.im_start, self.im_end = backend.token_to_id('<|im_start|>'), backend.token_to_id('<|im_end|>')
-        eos, bos = self.named('eos_token'), self.named('bos_token')
+        eos = self.named('eos_token')
         ids = self.generation.get('eos_token_id')
         ids = [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int
                and backend.id_to_token(i) is not None]
         self.eot = next((i for i in (backend.token_to_id('<|endoftext|>'), eos, *ids) if i is not None), None)
-        self.bos = self.eot if bos is None else bos
+        self.bos = self.special['bos_token']
         self.ends = {self.eot, self.im_end, eos, *ids} - {None}
         template = self.words.get('chat_template')
         chat = None not in (self.im_start, self.im_end)
@@ -92,6 +92,13 @@ class Tokenizer:
         word = self.words.get(key)
         word = word.get('content') if isinstance(word, dict) else word
         return self.backend.token_to_id(word) if isinstance(word, str) else None
+
+    @property
+    def special(self):
+        """{name in tokenizer_config.json: id} of the three that every client asks for."""
+        own = dict(bos_token=self.eot, eos_token=self.eot if self.im_end is None else self.im_end,
+                   pad_token=self.eot)
+        return {key: i if self.named(key) is None else self.named(key) for key, i in own.items()}
 
     @property
     def fingerprint(self):
@@ -110,6 +117,11 @@ class Tokenizer:
     def decode(self, ids):
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
+    @property
+    def template(self):
+        """The chat template: that of the model's folder, else that of the layout in use."""
+        return self.words.get('chat_template') or own_template(self.layout)
+
     def take_own_layout(self, aloud=True):
         """From here on the chat template is that of the layout in use: the model is trained on it."""
         if self.strange:
@@ -122,11 +134,10 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer of transformers reads too, and
         the generation_config.json that came with the model."""
         make_folder(folder)
-        name = self.backend.id_to_token
-        own = dict(bos_token=name(self.bos), eos_token=name(self.eot if self.im_end is None else self.im_end),
-                   pad_token=name(self.eot), chat_template=own_template(self.layout))
+        special = {key: self.backend.id_to_token(i) for key, i in self.special.items()}
         # no default of one version: transformers 4 would send token_type_ids, which no model here takes
-        config = {**own, **self.words, 'tokenizer_class': 'PreTrainedTokenizerFast',
+        config = {**self.words, **special, 'chat_template': self.template,
+                  'tokenizer_class': 'PreTrainedTokenizerFast',
                   'clean_up_tokenization_spaces': False, 'model_input_names': ['input_ids', 'attention_mask']}
         if isinstance(config.get('extra_special_tokens'), list):       # transformers 5's name for them
             config['additional_special_tokens'] = config.pop('extra_special_tokens')
