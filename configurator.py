@@ -562,9 +562,7 @@ def read_weights(source):
 
 def write_model(folder, config, state):
     """Write a Hugging Face folder: config.json, and {name: tensor} as model.safetensors where that package is
-    installed, else as pytorch_model.bin, which is replaced whole: it may be mapped into memory as `state`.
-    ValueError, one line, over a number that is not finite."""
-    check_weights(state, folder)
+    installed, else as pytorch_model.bin; whole or not at all, as it may be mapped into memory as `state`."""
     os.makedirs(folder, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     dtype = str(next(iter(state.values())).dtype).removeprefix('torch.')

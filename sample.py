@@ -19,7 +19,7 @@ Decoding picks from it: the likeliest token each time (greedy, temperature=0), o
 """
 import difflib
 import importlib.util
-import json
+import math
 import os
 import re
 import sys
@@ -30,10 +30,10 @@ from dataclasses import replace
 import torch
 
 from configurator import (at_least, between, build_model, check_weights, configure, draw, fail, fingerprint,
-                          load_checkpoint, make_folder, one_of, read_json, refuse_model, replacing, start_run)
+                          load_checkpoint, one_of, read_json, refuse_model, replacing, start_run)
 from model_gpt2 import GPT2, OFFICIAL, TRANSPOSED, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig, rope_table
-from train_tokenizer import encode_chat, load_tokenizer
+from train_tokenizer import encode_chat, gguf_words, load_tokenizer
 
 # the model
 out_dir = 'out/pretrain'    # folder of the run whose model speaks
@@ -433,125 +433,96 @@ def plot_distribution(path, logits, tokenizer, temperatures=(1, 0.1, 5), n=9):
 
 # ---- out: a folder for transformers, a file for llama.cpp ----
 
-def export(model, tokenizer, folder):
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer of transformers load."""
+def write_folder(model, tokenizer, folder):
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer of transformers load. ValueError if none of
+    its models computes the same."""
     ids, ends = {f'{name}_id': i for name, i in tokenizer.special.items()}, sorted(tokenizer.ends)
     ids['eos_token_id'] = ends if len(ends) > 1 else ends[0]
     tokenizer.generation.update(ids)
     tokenizer.words['model_max_length'] = model.config.context
-    try:
-        model.save_pretrained(folder, **ids)
-        tokenizer.save(folder)
-    except ValueError as e:                             # no model of transformers computes the same
-        fail(str(e))
-    except OSError as e:
-        fail(f"cannot write {folder}: {e.strerror}")
+    model.save_pretrained(folder, **ids)
+    tokenizer.save(folder)
 
 
-# config.json's names of sizes, and GGUF's
+# sizes: config.json's names of them, and GGUF's
 SIZES = dict(
     n_layer='block_count', num_hidden_layers='block_count', n_positions='context_length',
     max_position_embeddings='context_length', n_embd='embedding_length', hidden_size='embedding_length',
-    intermediate_size='feed_forward_length', n_head='attention.head_count', head_dim='attention.key_length',
-    num_attention_heads='attention.head_count', num_key_value_heads='attention.head_count_kv',
-    layer_norm_epsilon='attention.layer_norm_epsilon', rms_norm_eps='attention.layer_norm_rms_epsilon',
-    num_experts='expert_count', num_experts_per_tok='expert_used_count',
-    moe_intermediate_size='expert_feed_forward_length')
-# how text is split before bytes are merged: llama.cpp's name, and what a tokenizer.json says of the same
-SPLIT_BYTES = dict(type='ByteLevel', add_prefix_space=False, use_regex=True)
-QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-         r"\s+(?!\S)|\s+")
-SPLITS = {'gpt-2': [SPLIT_BYTES], 'smollm': [dict(type='Digits', individual_digits=True), SPLIT_BYTES]} | {
-    name: [dict(type='Split', pattern=dict(Regex=regex), behavior='Isolated', invert=False),
-           dict(SPLIT_BYTES, use_regex=False)] for name, regex in (
-               ('qwen2', QWEN2), ('llama-bpe', QWEN2.replace(r'|\p{N}|', r'|\p{N}{1,3}|')))}
+    n_head='attention.head_count', num_attention_heads='attention.head_count', num_experts='expert_count',
+    num_key_value_heads='attention.head_count_kv', layer_norm_epsilon='attention.layer_norm_epsilon',
+    rms_norm_eps='attention.layer_norm_rms_epsilon', intermediate_size='feed_forward_length',
+    num_experts_per_tok='expert_used_count', moe_intermediate_size='expert_feed_forward_length')
 
 
-def gguf_tokenizer(tokenizer, vocab_size):
-    """The metadata of a GGUF file on its tokenizer; ValueError if llama.cpp would make other ids of a text."""
-    added, state = tokenizer.backend.get_added_tokens_decoder(), json.loads(tokenizer.backend.to_str())
-    bpe, splits, normalizer = state['model'], state['pre_tokenizer'] or {}, state['normalizer']
-    splits = [{key: value for key, value in part.items() if key != 'trim_offsets'}
-              for part in splits.get('pretokenizers', [splits])]
-    split = next((name for name, known in SPLITS.items() if known == splits), None)
-    if (not split or bpe['type'] != 'BPE' or not bpe['merges'] or bpe['end_of_word_suffix']
-            or bpe['ignore_merges'] != (split == 'llama-bpe') or normalizer not in (None, {'type': 'NFC'})
-            or any(t.lstrip or t.rstrip or t.single_word for t in added.values() if not t.special)):
-        raise ValueError("llama.cpp would make other ids than this tokenizer: it takes byte-level BPE that "
-                         "splits text as GPT-2, SmolLM, Qwen2 or Llama 3 do")
-    if normalizer:
-        print("the tokenizer composes accents (NFC), llama.cpp does not: it wants text that is", file=sys.stderr)
-    tokens, types = [f'[PAD{i}]' for i in range(vocab_size)], [5] * vocab_size     # 5: an id without a token
-    for token, i in tokenizer.backend.get_vocab().items():
-        tokens[i], types[i] = token, 1
-    for i, token in added.items():                      # 3: never made from text; 4: from any text
-        types[i] = 3 if token.special else 4
-    special = tokenizer.special
-    more = sorted(tokenizer.ends - {special['eos_token']})
-    if len(more) > 2:
-        raise ValueError(f"llama.cpp knows 3 ids that end an answer, and this model has {1 + len(more)}")
-    ids = dict(bos=special['bos_token'], eos=special['eos_token'], padding=special['pad_token'],
-               **dict(zip(('eot', 'eom'), more)))
-    own = dict(model='gpt2', pre=split, tokens=tokens, token_type=types, add_bos_token=False,
-               merges=[*map(' '.join, bpe['merges'])], **{f'{name}_token_id': i for name, i in ids.items()})
-    return {'tokenizer.chat_template': tokenizer.template,
-            **{f'tokenizer.ggml.{key}': value for key, value in own.items()}}
+def gguf_sizes(config, arch, D):
+    """What a GGUF file says of the model of a config.json, {key: value}. D: the width of a head. ValueError
+    if llama.cpp would compute anything else."""
+    scaling = config.get('rope_scaling') or {}
+    able = dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), norm_topk_prob=(True,),
+                rope_type=('yarn', 'llama3') if arch == 'llama' else ('yarn',),
+                beta_fast=(None, 32), beta_slow=(None, 1))
+    for key, value in {**config, **scaling}.items():
+        if key in able and value not in able[key]:
+            raise ValueError(f"llama.cpp's {arch} knows no {key}={value!r}")
+    sizes = {SIZES[key]: value for key, value in config.items() if key in SIZES}
+    if arch == 'gpt2':
+        sizes['feed_forward_length'] = 4 * config['n_embd']
+    else:
+        sizes.update({'attention.key_length': D, 'attention.value_length': D, 'rope.dimension_count': D,
+                      'rope.freq_base': float(config['rope_theta'])})
+    if scaling.get('rope_type') == 'yarn':
+        usual = 0.1 * math.log(max(scaling['factor'], 1)) + 1
+        sizes.update({'rope.scaling.type': 'yarn', 'rope.scaling.factor': float(scaling['factor']),
+                      'rope.scaling.attn_factor': (scaling.get('attention_factor') or usual) / usual,
+                      'rope.scaling.original_context_length': scaling['original_max_position_embeddings']})
+    return {f'{arch}.{key}': value for key, value in sizes.items()}
 
 
 def write_gguf(model, tokenizer, path):
-    """Write one file that llama.cpp loads; one line if it would compute anything else than this model does.
-    Matrices have the model's dtype, vectors, positions and routers float32, as llama.cpp wants them."""
+    """Write one file that llama.cpp loads: matrices in the model's dtype, vectors in float32, as it wants
+    them. ValueError if it would compute anything else than this model and its tokenizer."""
     import gguf
     config, state = model.to_hf()
-    arch, D, scaling = config['model_type'].replace('_', ''), config.get('head_dim'), config.get('rope_scaling')
-    if config.get('activation_function', 'gelu_new') == 'gelu':
-        raise ValueError("llama.cpp's GPT-2 has no exact GELU")
-    if config.get('norm_topk_prob') is False:
-        raise ValueError("llama.cpp's mixture has norm_topk_prob=True")
-    about = {SIZES[key]: value for key, value in config.items() if key in SIZES}
-    if arch == 'gpt2':
-        about['feed_forward_length'] = 4 * config['n_embd']
-    else:
-        about.update({'attention.value_length': D, 'rope.dimension_count': D,
-                      'rope.freq_base': float(config['rope_theta'])})
-    if scaling and scaling['rope_type'] == 'llama3' and arch == 'llama':        # it wants factors, one a pair
-        cos, sin = rope_table(model.config)[:, 1, :D // 2]
-        plain = config['rope_theta'] ** (-torch.arange(0, D, 2).float() / D)
-        state['rope_freqs.weight'] = plain / torch.atan2(sin, cos)
-    elif scaling:
-        if scaling['rope_type'] != 'yarn' or any(scaling.get(key) not in (None, value) for key, value in (
-                ('attention_factor', None), ('beta_fast', 32), ('beta_slow', 1))):
-            raise ValueError(f"llama.cpp would scale RoPE otherwise than {scaling}")
-        about.update({'rope.scaling.type': 'yarn', 'rope.scaling.factor': float(scaling['factor']),
-                      'rope.scaling.original_context_length': scaling['original_max_position_embeddings']})
-    about = {**{f'{arch}.{key}': value for key, value in about.items()},
-             **gguf_tokenizer(tokenizer, config['vocab_size'])}
-    stacks = {}                                         # experts one by one -> one tensor
+    arch, D = config['model_type'].replace('_', ''), config.get('head_dim')
+    about = {**gguf_sizes(config, arch, D), **gguf_words(tokenizer, config['vocab_size'])}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], about[f'{arch}.block_count'])
+    if (config.get('rope_scaling') or {}).get('rope_type') == 'llama3':     # what divides each frequency
+        (cos, sin), pairs = rope_table(model.config)[:, 1, :D // 2], torch.arange(0, D, 2) / D
+        state['rope_freqs.weight'] = config['rope_theta'] ** -pairs / torch.atan2(sin, cos)
+    stacks = {}                                         # {name: its tensors}: a mixture has one per expert
     for name, value in state.items():
         stacks.setdefault(re.sub(r'experts\.\d+', 'experts', name), []).append(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], about[f'{arch}.block_count'])
     with replacing(path) as new:
-        writer = gguf.GGUFWriter(new, arch)
-        put = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
-               list: writer.add_array}
+        writer, kinds = gguf.GGUFWriter(new, arch), gguf.GGUFValueType
         for key, value in about.items():
-            put[type(value)](key, value)
+            writer.add_key_value(key, value, kinds.UINT32 if type(value) is int else kinds.get_type(value))
         for name, values in stacks.items():
-            value = torch.stack(values) if '.experts.' in name else values[0]
-            if name.endswith(TRANSPOSED):
+            value, (layer, _, part) = values[0], name.rpartition('.')
+            if '.experts.' in name:
+                value = torch.stack(values)
+            elif name.endswith(TRANSPOSED):
                 value = value.T
-            if arch == 'llama' and re.search(r'\.[qk]_proj', name):         # its RoPE pairs neighbours
+            elif arch == 'llama' and layer.endswith(('q_proj', 'k_proj')):  # its RoPE pairs neighbours
                 value = value.unflatten(0, (-1, 2, D // 2)).transpose(1, 2).flatten(0, 2)
-            layer, _, kind = name.rpartition('.')
-            plain = value.dim() == 1 or layer.endswith(('wpe', 'mlp.gate'))
-            dtype = gguf.GGMLQuantizationType[dict(bfloat16='BF16', float16='F16').get(
-                '' if plain else str(value.dtype)[6:], 'F32')]
-            writer.add_tensor(f'{names.get_name(layer) or layer}.{kind}',
-                              gguf.quantize(value.float().cpu().numpy(), dtype), raw_dtype=dtype)
+            kind = {torch.bfloat16: 'BF16', torch.float16: 'F16'}.get(value.dtype)
+            kind = gguf.GGMLQuantizationType[kind if kind and value.dim() > 1 else 'F32']
+            array = gguf.quantize(value.float().cpu().numpy(), kind)
+            writer.add_tensor(f'{names.get_name(layer) or layer}.{part}', array, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def export(model, tokenizer, target, write=write_folder):
+    """Write a model and its tokenizer for others to load. One line if that cannot be."""
+    try:
+        check_weights(model.state_dict(), f"{target} in {next(model.parameters()).dtype}")
+        write(model, tokenizer, target)
+    except ValueError as e:
+        fail(str(e))
+    except OSError as e:
+        fail(f"cannot write {target}: {e.strerror}")
 
 
 if __name__ == '__main__':
@@ -579,15 +550,12 @@ if __name__ == '__main__':
             model.extend_context(yarn_factor)
         except ValueError as e:
             fail(f"--yarn_factor: {source}: {e}")
-    if export_dir or export_gguf:
+    if target := export_dir or export_gguf:
         if dtype != 'auto':
             model.to(run.dtype)
-        if export_dir:
-            export(model, tokenizer, export_dir)
-            print(f"wrote {export_dir}, which AutoModelForCausalLM.from_pretrained of transformers loads")
-        else:
-            write_gguf(model, tokenizer, export_gguf)
-            print(f"wrote {export_gguf}, which llama.cpp loads")
+        export(model, tokenizer, target, write_folder if export_dir else write_gguf)
+        merged = ", its adapters merged" if 'adapters' in (checkpoint or {}) else ""
+        print(f"wrote {target}{merged}, which {'transformers' if export_dir else 'llama.cpp'} loads")
         sys.exit()
     model.to(run.dtype)
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

@@ -612,6 +612,46 @@ def print_mask(tokenizer, ids, mask):
         print(f"{i:8}  {token:6}  {'yes' if target else '-':6}  {tokenizer.decode([token])!r}")
 
 
+# ---- the same for llama.cpp ----
+
+QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+               r"\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def gguf_words(tokenizer, vocab_size):
+    """What a GGUF file says of a tokenizer, {key: value}. ValueError if llama.cpp would make other ids."""
+    def said(splitter):         # in a tokenizer.json, less what changes no ids
+        return re.sub(rb'"trim_offsets":\w+', b'', splitter.__getstate__()) if splitter else b''
+
+    gpt2, bare = (pre_tokenizers.ByteLevel(False, use_regex=use) for use in (True, False))
+    qwen2, llama3 = (pre_tokenizers.Split(tokenizers.Regex(regex), 'isolated') for regex in (
+        QWEN2_SPLIT, QWEN2_SPLIT.replace(r'|\p{N}|', r'|\p{N}{1,3}|')))
+    known = {'gpt-2': gpt2, 'smollm': pre_tokenizers.Sequence([pre_tokenizers.Digits(True), gpt2]),
+             'qwen2': pre_tokenizers.Sequence([qwen2, bare]),
+             'llama-bpe': pre_tokenizers.Sequence([llama3, bare])}
+    backend, state = tokenizer.backend, json.loads(tokenizer.backend.to_str())
+    split = next((name for name, how in known.items() if said(how) == said(backend.pre_tokenizer)), None)
+    bpe, normalizer, added = state['model'], state['normalizer'], backend.get_added_tokens_decoder()
+    if (not split or not bpe.get('merges') or bpe['end_of_word_suffix'] or len(tokenizer.ends) > 3
+            or bpe['ignore_merges'] != (split == 'llama-bpe') or normalizer not in (None, {'type': 'NFC'})
+            or any(token.lstrip or token.rstrip for token in added.values() if not token.special)):
+        raise ValueError("llama.cpp would make other ids than this tokenizer: it takes byte-level BPE that "
+                         "splits text as GPT-2, SmolLM, Qwen2 or Llama 3 do, with up to three end tokens")
+    if normalizer:
+        print("llama.cpp does not compose accents (NFC), as this tokenizer does", file=sys.stderr)
+    tokens, types = [f'[PAD{i}]' for i in range(vocab_size)], [5] * vocab_size     # 5: an id without a token
+    for token, i in backend.get_vocab().items():
+        tokens[i], types[i] = token, 1
+    for i, token in added.items():              # 3: text never becomes it; 4: it does wherever it stands
+        types[i] = 3 if token.special else 4
+    bos, eos, pad = tokenizer.special.values()
+    ids = dict(zip(('bos', 'padding', 'eos', 'eot', 'eom'), (bos, pad, eos, *sorted(tokenizer.ends - {eos}))))
+    words = dict(model='gpt2', pre=split, tokens=tokens, token_type=types, add_bos_token=False,
+                 merges=[*map(' '.join, bpe['merges'])], **{f'{name}_token_id': i for name, i in ids.items()})
+    return {'tokenizer.chat_template': tokenizer.template,
+            **{f'tokenizer.ggml.{key}': value for key, value in words.items()}}
+
+
 if __name__ == '__main__':
     configure(globals(), kind=one_of('bpe', 'word', 'char'), vocab_size=at_least(3), max_bytes=at_least(1),
               val_fraction=between(0, 1), on_error=one_of('stop', 'skip'), trace=at_least(0))
