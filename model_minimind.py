@@ -13,7 +13,7 @@ functions that read, check and write files of weights.
     cache = model.make_cache(batch_size=1, max_tokens=512)
     logits, _ = model(tokens, cache=cache)                # the prompt, in pieces or whole; then new tokens
     model = MiniMind.from_pretrained('full_sft_768.pth')  # MiniMind's own weights, or a Hugging Face folder
-    model.save_pretrained('folder')                       # transformers, vLLM and llama.cpp read it
+    model.save_pretrained('folder')                       # transformers and vLLM read it; see sample.py
 
     python model_minimind.py                              # sizes, part by part, and the bytes of a KV cache
 """

@@ -454,9 +454,8 @@ SIZES = dict(
     num_experts_per_tok='expert_used_count', moe_intermediate_size='expert_feed_forward_length')
 
 
-def gguf_sizes(config, arch, D):
-    """What a GGUF file says of the model of a config.json, {key: value}. D: the width of a head. ValueError
-    if llama.cpp would compute anything else."""
+def gguf_sizes(config, arch):
+    """What a GGUF file says of a model, {key: value}. ValueError if llama.cpp would compute anything else."""
     scaling = config.get('rope_scaling') or {}
     able = dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), norm_topk_prob=(True,),
                 rope_type=('yarn', 'llama3') if arch == 'llama' else ('yarn',),
@@ -468,13 +467,15 @@ def gguf_sizes(config, arch, D):
     if arch == 'gpt2':
         sizes['feed_forward_length'] = 4 * config['n_embd']
     else:
-        sizes.update({'attention.key_length': D, 'attention.value_length': D, 'rope.dimension_count': D,
-                      'rope.freq_base': float(config['rope_theta'])})
-    if scaling.get('rope_type') == 'yarn':
+        sizes.update(dict.fromkeys(('attention.key_length', 'attention.value_length', 'rope.dimension_count'),
+                                   config['head_dim']))
+        sizes['rope.freq_base'] = float(config['rope_theta'])
+    if scaling and scaling.get('rope_type') != 'llama3':
         usual = 0.1 * math.log(max(scaling['factor'], 1)) + 1
-        sizes.update({'rope.scaling.type': 'yarn', 'rope.scaling.factor': float(scaling['factor']),
-                      'rope.scaling.attn_factor': (scaling.get('attention_factor') or usual) / usual,
-                      'rope.scaling.original_context_length': scaling['original_max_position_embeddings']})
+        sizes.update({f'rope.scaling.{key}': value for key, value in dict(
+            type='yarn', factor=float(scaling['factor']),
+            attn_factor=(scaling.get('attention_factor') or usual) / usual,
+            original_context_length=int(scaling['original_max_position_embeddings'])).items()})
     return {f'{arch}.{key}': value for key, value in sizes.items()}
 
 
@@ -484,7 +485,7 @@ def write_gguf(model, tokenizer, path):
     import gguf
     config, state = model.to_hf()
     arch, D = config['model_type'].replace('_', ''), config.get('head_dim')
-    about = {**gguf_sizes(config, arch, D), **gguf_words(tokenizer, config['vocab_size'])}
+    about = {**gguf_sizes(config, arch), **gguf_words(tokenizer, config['vocab_size'])}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], about[f'{arch}.block_count'])
     if (config.get('rope_scaling') or {}).get('rope_type') == 'llama3':     # what divides each frequency
         (cos, sin), pairs = rope_table(model.config)[:, 1, :D // 2], torch.arange(0, D, 2) / D

@@ -323,7 +323,10 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(tokenizer):
 
 
 def test_mistakes_are_one_line(script, run_folder, tmp_path, tokenizer, monkeypatch):
+    pytest.importorskip('gguf')
     run = f'--out_dir={run_folder}'
+    line = script('sample.py', run, '--export_gguf=nowhere/model.gguf', code=2).stderr
+    assert 'cannot write nowhere/model.gguf: No such file' in line
     line = script('sample.py', run, '--export_gguf=a', '--export_dir=b', code=2).stderr
     assert 'export_dir applies not with --export_gguf' in line
     model = load_run(str(run_folder))[0]
