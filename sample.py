@@ -436,7 +436,7 @@ def plot_distribution(path, logits, tokenizer, temperatures=(1, 0.1, 5), n=9):
 def write_folder(model, tokenizer, folder):
     """Write a folder that AutoModelForCausalLM and AutoTokenizer of transformers load. ValueError if none of
     its models computes the same."""
-    ids, ends = {f'{name}_id': i for name, i in tokenizer.special.items()}, sorted(tokenizer.ends)
+    ids, ends = {f'{name}_id': i for name, i in tokenizer.special_ids.items()}, sorted(tokenizer.ends)
     ids['eos_token_id'] = ends if len(ends) > 1 else ends[0]
     tokenizer.generation.update(ids)
     tokenizer.words['model_max_length'] = model.config.context

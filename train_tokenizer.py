@@ -78,7 +78,7 @@ class Tokenizer:
         ids = [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int
                and backend.id_to_token(i) is not None]
         self.eot = next((i for i in (backend.token_to_id('<|endoftext|>'), eos, *ids) if i is not None), None)
-        self.bos = self.special['bos_token']
+        self.bos = self.special_ids['bos_token']
         self.ends = {self.eot, self.im_end, eos, *ids} - {None}
         template = self.words.get('chat_template')
         chat = None not in (self.im_start, self.im_end)
@@ -94,7 +94,7 @@ class Tokenizer:
         return self.backend.token_to_id(word) if isinstance(word, str) else None
 
     @property
-    def special(self):
+    def special_ids(self):
         """{name in tokenizer_config.json: id} of the three that every client asks for."""
         own = dict(bos_token=self.eot, eos_token=self.eot if self.im_end is None else self.im_end,
                    pad_token=self.eot)
@@ -134,7 +134,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer of transformers reads too, and
         the generation_config.json that came with the model."""
         make_folder(folder)
-        special = {key: self.backend.id_to_token(i) for key, i in self.special.items()}
+        special = {key: self.backend.id_to_token(i) for key, i in self.special_ids.items()}
         # no default of one version: transformers 4 would send token_type_ids, which no model here takes
         config = {**self.words, **special, 'chat_template': self.template,
                   'tokenizer_class': 'PreTrainedTokenizerFast',
@@ -644,7 +644,7 @@ def gguf_words(tokenizer, vocab_size):
         tokens[i], types[i] = token, 1
     for i, token in added.items():              # 3: text never becomes it; 4: it does wherever it stands
         types[i] = 3 if token.special else 4
-    bos, eos, pad = tokenizer.special.values()
+    bos, eos, pad = tokenizer.special_ids.values()
     ids = dict(zip(('bos', 'padding', 'eos', 'eot', 'eom'), (bos, pad, eos, *sorted(tokenizer.ends - {eos}))))
     words = dict(model='gpt2', pre=split, tokens=tokens, token_type=types, add_bos_token=False,
                  merges=[*map(' '.join, bpe['merges'])], **{f'{name}_token_id': i for name, i in ids.items()})

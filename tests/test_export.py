@@ -65,7 +65,7 @@ def make(tokenizer):
             if p.requires_grad:
                 torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.5)
         # a token that comes after four others gives its place to the one that ends an answer
-        free, end = answer(model, words, CHATS[0], stop=()), words.special['eos_token']
+        free, end = answer(model, words, CHATS[0], stop=()), words.special_ids['eos_token']
         token = next(token for i, token in enumerate(free) if i > 3 and token not in free[:i])
         assert end not in free
         with torch.no_grad():
@@ -141,7 +141,7 @@ def test_transformers_answers_as_we_do(transformers, make, tmp_path):
         prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True)[0] for chat in CHATS]
         assert theirs['prompts'] == [*map(tokenizer.decode, prompts)]
         assert (theirs['dtype'], theirs['length']) == ('torch.float32', 256)
-        assert theirs['special'] == [*tokenizer.special.values()]
+        assert theirs['special'] == [*tokenizer.special_ids.values()]
         for name in ('config.json', 'generation_config.json'):
             ids = read_json(tmp_path / kind / name)
             assert ids['eos_token_id'] == ([0, 2] if tokenizer.im_end else tokenizer.eot)
