@@ -120,7 +120,7 @@ class Tokenizer:
     @property
     def template(self):
         """The chat template: that of the model's folder, else that of the layout in use."""
-        return self.words.get('chat_template') or own_template(self.layout)
+        return self.words.get('chat_template', own_template(self.layout))
 
     def take_own_layout(self, aloud=True):
         """From here on the chat template is that of the layout in use: the model is trained on it."""
