@@ -691,10 +691,14 @@ def read_weights(source):
     return {re.sub(r'^(_orig_mod\.|module\.)+', '', name): value for name, value in weights.items()}
 
 
-def write_weights(folder, state):
-    """Write {name: tensor} to model.safetensors where that package is installed, else to pytorch_model.bin.
-    Whole or not at all: the same file may be mapped into memory as `state`."""
+def write_model(folder, config, state):
+    """Write a Hugging Face folder: config.json, and {name: tensor} as model.safetensors where that package is
+    installed, else as pytorch_model.bin; whole or not at all, as it may be mapped into memory as `state`."""
+    os.makedirs(folder, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    dtype = str(next(iter(state.values())).dtype).removeprefix('torch.')
+    with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as f:
+        json.dump(dict(config, torch_dtype=dtype), f, indent=2)
     try:
         from safetensors.torch import save_file
     except ImportError:

@@ -18,7 +18,6 @@ Face's. From configurator.py come only the functions that read, check and write 
     python model_gpt2.py                                  # the number of parameters, part by part
 """
 import importlib.util
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import build_model, check_sizes, read_file, read_json, read_weights, write_weights
+from configurator import build_model, check_sizes, read_file, read_json, read_weights, write_model
 
 OFFICIAL = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')         # 124M, 355M, 774M, 1.6B parameters
 GELU = dict(gelu_new='tanh', gelu_pytorch_tanh='tanh', gelu='none')     # transformers' names, PyTorch's
@@ -298,15 +297,15 @@ class GPT2(nn.Module):
         return build_model(cls, replace(config, **changes), state, folder)
 
     def save_pretrained(self, folder, **extra):
-        """Write a folder that GPT2LMHeadModel of transformers loads: weights, config.json and
-        generation_config.json, both with `extra`, the ids of special tokens, in them."""
-        os.makedirs(folder, exist_ok=True)
+        """Write a folder that GPT2LMHeadModel of transformers loads. extra: more for its config.json."""
+        config, state = self.to_hf()
+        write_model(folder, {**config, **extra}, state)
+
+    def to_hf(self):
+        """(config.json as a dict, {name: tensor}) as transformers has them."""
         dropouts = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), self.config.dropout)
-        config = {**asdict(self.config), **dropouts, **FIXED_KEYS, **extra}
-        for name, content in (('config.json', config), ('generation_config.json', extra)):
-            with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
-                json.dump(content, f, indent=2)
-        write_weights(folder, weights_to_hf(self.state_dict(), self.config))
+        config = {**asdict(self.config), **dropouts, **FIXED_KEYS, 'n_ctx': self.config.context}
+        return config, weights_to_hf(self.state_dict(), self.config)
 
 
 # ---- formats of the weights ----

@@ -13,11 +13,10 @@ functions that read, check and write files of weights.
     cache = model.make_cache(batch_size=1, max_tokens=512)
     logits, _ = model(tokens, cache=cache)                # the prompt, in pieces or whole; then new tokens
     model = MiniMind.from_pretrained('full_sft_768.pth')  # MiniMind's own weights, or a Hugging Face folder
-    model.save_pretrained('folder')                       # transformers, vLLM and llama.cpp read it
+    model.save_pretrained('folder')                       # transformers and vLLM read it; see sample.py
 
     python model_minimind.py                              # sizes, part by part, and the bytes of a KV cache
 """
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import build_model, check_sizes, read_json, read_weights, write_weights
+from configurator import build_model, check_sizes, read_json, read_weights, write_model
 
 
 @dataclass
@@ -506,17 +505,17 @@ class MiniMind(nn.Module):
 
     def save_pretrained(self, folder, **extra):
         """Write a folder that transformers loads: as Llama, Qwen2 with attention_bias, Qwen3 with qk_norm,
-        Qwen3-MoE if there are experts too; ValueError where none computes the same. Weights, config.json and
-        generation_config.json, both with `extra`, the ids of special tokens, in them."""
-        config = dict(config_to_hf(self.config), **extra)
-        os.makedirs(folder, exist_ok=True)
-        for name, content in (('config.json', config), ('generation_config.json', extra)):
-            with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
-                json.dump(content, f, indent=2)
+        Qwen3-MoE if there are experts too; ValueError where none computes the same. extra: more for its
+        config.json."""
+        config, state = self.to_hf()
+        write_model(folder, {**config, **extra}, state)
+
+    def to_hf(self):
+        """(config.json as a dict, {name: tensor}) as transformers has them; ValueError: see above."""
         state = weights_to_hf(self.state_dict())
         if self.config.tie_word_embeddings:             # transformers takes it from embed_tokens
             del state['lm_head.weight']
-        write_weights(folder, state)
+        return config_to_hf(self.config), state
 
 
 # ---- formats of the weights ----
@@ -610,7 +609,7 @@ def config_to_hf(config):
     bias = {} if kind == 'qwen2' else dict(attention_bias=False)            # Qwen2 knows no other case
     return dict({key: value for key, value in asdict(config).items() if key not in unused}, **bias,
                 model_type=kind, architectures=[CLASSES[kind]], hidden_act='silu',
-                attention_dropout=config.dropout, torch_dtype='float32')
+                attention_dropout=config.dropout)
 
 
 def config_of_official(state, heads):

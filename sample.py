@@ -7,6 +7,7 @@ Generate text from a trained model (tutorial chapter I-6).
     echo "class Queue" | python sample.py --start=- --num_samples=3 --seed=7 --show_probs
     python sample.py --out_dir=out/sft --chat                       # a conversation (chapters I-8 and II-9)
     python sample.py --out_dir=out/sft --export_dir=hf          # a run -> a folder that transformers loads
+    python sample.py --out_dir=out/sft --export_gguf=model.gguf             # a run -> a file for llama.cpp
 
 A model gives each token a number, its logit; softmax turns them into the distribution of the next token.
 Decoding picks from it: the likeliest token each time (greedy, temperature=0), or one drawn at random, after
@@ -19,6 +20,7 @@ Decoding picks from it: the likeliest token each time (greedy, temperature=0), o
 import difflib
 import functools
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -30,10 +32,10 @@ import torch
 
 from configurator import (at_least, bare_weights, between, build_model, check_weights, configure, draw, fail,
                           fingerprint, load_checkpoint, one_of, parse, read_file, read_json, refuse_model,
-                          start_run, tell)
-from model_gpt2 import GPT2, OFFICIAL, GPT2Config
-from model_minimind import EXPERT_KEYS, MiniMind, MiniMindConfig
-from train_tokenizer import encode_chat, load_tokenizer
+                          replacing, start_run, tell)
+from model_gpt2 import GPT2, OFFICIAL, TRANSPOSED, GPT2Config
+from model_minimind import EXPERT_KEYS, MiniMind, MiniMindConfig, rope_table
+from train_tokenizer import encode_chat, gguf_words, load_tokenizer
 
 # the model
 out_dir = 'out/pretrain'    # folder of the run whose model speaks
@@ -41,6 +43,7 @@ init_from = ''              # instead of out_dir: a Hugging Face folder, a .pth,
 weights_config = ''         # of a .pth, what it cannot say: 'tokenizer=FOLDER,num_attention_heads=16'
 yarn_factor = 1.0           # minimind: read texts so many times longer than in training (chapter II-4)
 export_dir = ''             # write the model here as a Hugging Face folder, and stop
+export_gguf = ''            # write it into this file, which llama.cpp and Ollama load, and stop
 # the text
 start = 'def '              # prompt, or FILE:path, or '-' for standard input
 lines = False               # take each line of start as a prompt of its own, all in one batch
@@ -518,35 +521,125 @@ def plot_distribution(path, logits, tokenizer, temperatures=(1, 0.1, 5), n=9):
         axes.legend()
 
 
-def export(model, tokenizer, folder):
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer of transformers load."""
-    ends = sorted(tokenizer.ends)
+# ---- out: a folder for transformers, a file for llama.cpp ----
+
+def write_folder(model, tokenizer, folder):
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer of transformers load. ValueError if none of
+    its models computes the same."""
+    ids, ends = {f'{name}_id': i for name, i in tokenizer.special_ids.items()}, sorted(tokenizer.ends)
+    ids['eos_token_id'] = ends if len(ends) > 1 else ends[0]
+    tokenizer.generation.update(ids)
+    tokenizer.words['model_max_length'] = model.config.context
+    model.save_pretrained(folder, **ids)
+    tokenizer.save(folder)
+
+
+# sizes: config.json's names of them, and GGUF's
+SIZES = dict(
+    n_layer='block_count', num_hidden_layers='block_count', n_positions='context_length',
+    max_position_embeddings='context_length', n_embd='embedding_length', hidden_size='embedding_length',
+    n_head='attention.head_count', num_attention_heads='attention.head_count', num_experts='expert_count',
+    num_key_value_heads='attention.head_count_kv', layer_norm_epsilon='attention.layer_norm_epsilon',
+    rms_norm_eps='attention.layer_norm_rms_epsilon', intermediate_size='feed_forward_length',
+    num_experts_per_tok='expert_used_count', moe_intermediate_size='expert_feed_forward_length')
+
+
+def gguf_sizes(config, arch):
+    """What a GGUF file says of a model, {key: value}. ValueError if llama.cpp would compute anything else."""
+    scaling = config.get('rope_scaling') or {}
+    able = dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), norm_topk_prob=(True,),
+                rope_type=('yarn', 'llama3') if arch == 'llama' else ('yarn',),
+                beta_fast=(None, 32), beta_slow=(None, 1))
+    for key, value in {**config, **scaling}.items():
+        if key in able and value not in able[key]:
+            raise ValueError(f"llama.cpp's {arch} knows no {key}={value!r}")
+    sizes = {SIZES[key]: value for key, value in config.items() if key in SIZES}
+    if arch == 'gpt2':
+        sizes['feed_forward_length'] = 4 * config['n_embd']
+    else:
+        sizes.update(dict.fromkeys(('attention.key_length', 'attention.value_length', 'rope.dimension_count'),
+                                   config['head_dim']))
+        sizes['rope.freq_base'] = float(config['rope_theta'])
+    if scaling and scaling.get('rope_type') != 'llama3':
+        usual = 0.1 * math.log(max(scaling['factor'], 1)) + 1
+        sizes.update({f'rope.scaling.{key}': value for key, value in dict(
+            type='yarn', factor=float(scaling['factor']),
+            attn_factor=(scaling.get('attention_factor') or usual) / usual,
+            original_context_length=int(scaling['original_max_position_embeddings'])).items()})
+    return {f'{arch}.{key}': value for key, value in sizes.items()}
+
+
+def write_gguf(model, tokenizer, path):
+    """Write one file that llama.cpp loads: matrices in the model's dtype, vectors in float32, as it wants
+    them. ValueError if it would compute anything else than this model and its tokenizer."""
+    import gguf
+    config, state = model.to_hf()
+    arch, D = config['model_type'].replace('_', ''), config.get('head_dim')
+    about = {**gguf_sizes(config, arch), **gguf_words(tokenizer, config['vocab_size'])}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], about[f'{arch}.block_count'])
+    if (config.get('rope_scaling') or {}).get('rope_type') == 'llama3':     # what divides each frequency
+        (cos, sin), pairs = rope_table(model.config)[:, 1, :D // 2], torch.arange(0, D, 2) / D
+        state['rope_freqs.weight'] = config['rope_theta'] ** -pairs / torch.atan2(sin, cos)
+    stacks = {}                                         # {name: its tensors}: a mixture has one per expert
+    for name, value in state.items():
+        stacks.setdefault(re.sub(r'experts\.\d+', 'experts', name), []).append(value)
+    with replacing(path) as new:
+        writer, kinds = gguf.GGUFWriter(new, arch), gguf.GGUFValueType
+        for key, value in about.items():
+            writer.add_key_value(key, value, kinds.UINT32 if type(value) is int else kinds.get_type(value))
+        for name, values in stacks.items():
+            value, (layer, _, part) = values[0], name.rpartition('.')
+            if '.experts.' in name:
+                value = torch.stack(values)
+            elif name.endswith(TRANSPOSED):
+                value = value.T
+            elif arch == 'llama' and layer.endswith(('q_proj', 'k_proj')):  # its RoPE pairs neighbours
+                value = value.unflatten(0, (-1, 2, D // 2)).transpose(1, 2).flatten(0, 2)
+            kind = {torch.bfloat16: 'BF16', torch.float16: 'F16'}.get(value.dtype)
+            kind = gguf.GGMLQuantizationType[kind if kind and value.dim() > 1 else 'F32']
+            array = gguf.quantize(value.float().cpu().numpy(), kind)
+            writer.add_tensor(f'{names.get_name(layer) or layer}.{part}', array, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def export(model, tokenizer, target, write=write_folder):
+    """Write a model and its tokenizer for others to load. One line if that cannot be."""
     try:
-        model.save_pretrained(folder, bos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot,
-                              eos_token_id=ends if len(ends) > 1 else ends[0])
-        tokenizer.save(folder)
-    except ValueError as e:                             # no model of transformers computes the same
+        check_weights(model.state_dict(), f"{target} in {next(model.parameters()).dtype}")
+        write(model, tokenizer, target)
+    except ValueError as e:
         fail(str(e))
     except OSError as e:
-        fail(f"cannot write {folder}: {e.strerror}")
+        fail(f"cannot write {target}: {e.strerror}")
 
 
 if __name__ == '__main__':
     configure(globals(), {
         'chat': 'system thinking', '!init_from': 'out_dir',
         '!export_dir': 'chat start lines num_samples stop show_probs plot',
+        '!export_gguf': 'chat start lines num_samples stop show_probs plot export_dir',
         '!chat': 'start lines num_samples stop show_probs plot on_full use_cache'},
         num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0), top_p=between(0, 1),
         min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'))
     if export_dir:
         refuse_model(export_dir, 'export_dir')
+    if os.path.exists(export_gguf):
+        fail(f"--export_gguf={export_gguf} is there already: choose another name, or remove that")
+    if export_gguf and not importlib.util.find_spec('gguf'):
+        fail("--export_gguf needs a package: pip install gguf")
     run = start_run(device, dtype, seed)
     source = init_from or out_dir
-    model, tokenizer, _ = load_run(source, run.device, yarn_factor=yarn_factor,
+    model, tokenizer, checkpoint = load_run(source, run.device, yarn_factor=yarn_factor,
                                    given=parse_given(weights_config))
-    if export_dir:
-        export(model, tokenizer, export_dir)
-        print(f"wrote {export_dir}, which AutoModelForCausalLM.from_pretrained of transformers loads")
+    if target := export_dir or export_gguf:
+        if dtype != 'auto':
+            model.to(run.dtype)
+        export(model, tokenizer, target, write_folder if export_dir else write_gguf)
+        merged = ", its adapters merged" if 'adapters' in (checkpoint or {}) else ""
+        print(f"wrote {target}{merged}, which {'transformers' if export_dir else 'llama.cpp'} loads")
         sys.exit()
     model.to(run.dtype)
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

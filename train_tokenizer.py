@@ -74,12 +74,12 @@ class Tokenizer:
         backend.encode_special_tokens = True        # the library's name for taking them as ordinary text
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         self.im_start, self.im_end = backend.token_to_id('<|im_start|>'), backend.token_to_id('<|im_end|>')
-        eos, bos = (backend.token_to_id(self.special(key)) for key in ('eos_token', 'bos_token'))
+        eos = backend.token_to_id(self.special('eos_token'))
         ids = self.generation.get('eos_token_id')
         ids = [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int
                and backend.id_to_token(i) is not None]
         self.eot = next((i for i in (backend.token_to_id('<|endoftext|>'), eos, *ids) if i is not None), None)
-        self.bos = self.eot if bos is None else bos
+        self.bos = self.special_ids['bos_token']
         self.ends = {self.eot, self.im_end, eos, *ids} - {None}
         self.layout = None if None in (self.im_start, self.im_end) else ChatML()
         template = self.words.get('chat_template')
@@ -95,6 +95,14 @@ class Tokenizer:
         word = self.words.get(key)
         word = word.get('content') if isinstance(word, dict) else word
         return word if isinstance(word, str) else ''
+
+    @property
+    def special_ids(self):
+        """{name in tokenizer_config.json: id} of the three that every client asks for."""
+        own = dict(bos_token=self.eot, eos_token=self.eot if self.im_end is None else self.im_end,
+                   pad_token=self.eot)
+        named = {key: self.backend.token_to_id(self.special(key)) for key in own}
+        return {key: i if named[key] is None else named[key] for key, i in own.items()}
 
     @property
     def fingerprint(self):
@@ -113,6 +121,11 @@ class Tokenizer:
     def decode(self, ids):
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
+    @property
+    def template(self):
+        """The chat template: that of the model's folder, else that of the layout in use."""
+        return self.words.get('chat_template', own_template(self.layout))
+
     def take_own_layout(self, aloud=True):
         """From here on the chat template is that of the layout in use: the model is trained on it."""
         if self.strange:
@@ -125,11 +138,10 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer of transformers reads too, and
         the generation_config.json that came with the model."""
         make_folder(folder)
-        name = self.backend.id_to_token
-        own = dict(bos_token=name(self.bos), eos_token=name(self.eot if self.im_end is None else self.im_end),
-                   pad_token=name(self.eot), chat_template=own_template(self.layout))
+        special = {key: self.backend.id_to_token(i) for key, i in self.special_ids.items()}
         # no default of one version: transformers 4 would send token_type_ids, which no model here takes
-        config = {**own, **self.words, 'tokenizer_class': 'PreTrainedTokenizerFast',
+        config = {**self.words, **special, 'chat_template': self.template,
+                  'tokenizer_class': 'PreTrainedTokenizerFast',
                   'clean_up_tokenization_spaces': False, 'model_input_names': ['input_ids', 'attention_mask']}
         if isinstance(config.get('extra_special_tokens'), list):       # transformers 5's name for them
             config['additional_special_tokens'] = config.pop('extra_special_tokens')
@@ -627,6 +639,46 @@ def print_mask(tokenizer, ids, mask):
     print("position      id  target  token")
     for i, (token, target) in enumerate(zip(ids, mask)):
         print(f"{i:8}  {token:6}  {'yes' if target else '-':6}  {tokenizer.decode([token])!r}")
+
+
+# ---- the same for llama.cpp ----
+
+QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+               r"\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def gguf_words(tokenizer, vocab_size):
+    """What a GGUF file says of a tokenizer, {key: value}. ValueError if llama.cpp would make other ids."""
+    def said(splitter):         # in a tokenizer.json, less what changes no ids
+        return re.sub(rb'"trim_offsets":\w+', b'', splitter.__getstate__()) if splitter else b''
+
+    gpt2, bare = (pre_tokenizers.ByteLevel(False, use_regex=use) for use in (True, False))
+    qwen2, llama3 = (pre_tokenizers.Split(tokenizers.Regex(regex), 'isolated') for regex in (
+        QWEN2_SPLIT, QWEN2_SPLIT.replace(r'|\p{N}|', r'|\p{N}{1,3}|')))
+    known = {'gpt-2': gpt2, 'smollm': pre_tokenizers.Sequence([pre_tokenizers.Digits(True), gpt2]),
+             'qwen2': pre_tokenizers.Sequence([qwen2, bare]),
+             'llama-bpe': pre_tokenizers.Sequence([llama3, bare])}
+    backend, state = tokenizer.backend, json.loads(tokenizer.backend.to_str())
+    split = next((name for name, how in known.items() if said(how) == said(backend.pre_tokenizer)), None)
+    bpe, normalizer, added = state['model'], state['normalizer'], backend.get_added_tokens_decoder()
+    if (not split or not bpe.get('merges') or bpe['end_of_word_suffix'] or len(tokenizer.ends) > 3
+            or bpe['ignore_merges'] != (split == 'llama-bpe') or normalizer not in (None, {'type': 'NFC'})
+            or any(token.lstrip or token.rstrip for token in added.values() if not token.special)):
+        raise ValueError("llama.cpp would make other ids than this tokenizer: it takes byte-level BPE that "
+                         "splits text as GPT-2, SmolLM, Qwen2 or Llama 3 do, with up to three end tokens")
+    if normalizer:
+        print("llama.cpp does not compose accents (NFC), as this tokenizer does", file=sys.stderr)
+    tokens, types = [f'[PAD{i}]' for i in range(vocab_size)], [5] * vocab_size     # 5: an id without a token
+    for token, i in backend.get_vocab().items():
+        tokens[i], types[i] = token, 1
+    for i, token in added.items():              # 3: text never becomes it; 4: it does wherever it stands
+        types[i] = 3 if token.special else 4
+    bos, eos, pad = tokenizer.special_ids.values()
+    ids = dict(zip(('bos', 'padding', 'eos', 'eot', 'eom'), (bos, pad, eos, *sorted(tokenizer.ends - {eos}))))
+    words = dict(model='gpt2', pre=split, tokens=tokens, token_type=types, add_bos_token=False,
+                 merges=[*map(' '.join, bpe['merges'])], **{f'{name}_token_id': i for name, i in ids.items()})
+    return {'tokenizer.chat_template': tokenizer.template,
+            **{f'tokenizer.ggml.{key}': value for key, value in words.items()}}
 
 
 if __name__ == '__main__':

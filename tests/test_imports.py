@@ -35,7 +35,7 @@ def test_a_model_can_be_copied_out_with_its_reader_of_weights(name):
     found = imports(ROOT / f'{name}.py')
     assert set(found) & set(ORDER) == {'configurator'}
     assert found['configurator'] - {'read_file'} == {'build_model', 'check_sizes', 'read_json',
-                                                     'read_weights', 'write_weights'}
+                                                     'read_weights', 'write_model'}
 
 
 def test_scripts_of_data_import_nothing_of_ours():
