@@ -5,6 +5,7 @@ The models are tiny and the steps are few. What is tested is that every hand-ove
 import json
 
 import numpy as np
+import pytest
 import torch
 from conftest import TEXT, numbers
 
@@ -91,6 +92,9 @@ def test_the_road_of_minimind(script, tmp_path):
     assert answers[0] == answers[1]
     script('lora.py', *few, '--init_from=out/full_sft_32.pth', theta, '--dataset=./sft_t2t_mini',
            '--out_dir=lora_of_pth', '--report_size=0')
+    pytest.importorskip('gguf')
+    script('sample.py', '--out_dir=lora_of_pth', '--export_gguf=model.gguf')
+    assert (tmp_path / 'model.gguf').read_bytes()[:4] == b'GGUF'
 
 
 def test_the_road_of_nanogpt(script, tmp_path, byte_tokenizer):
