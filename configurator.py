@@ -14,6 +14,7 @@ A path in a script or a config file that begins with out/ or data/ starts at the
 current folder. A mistake of the user ends in one line on stderr and exit code 2, through `fail`.
 """
 import ast
+import atexit
 import difflib
 import errno
 import fnmatch
@@ -111,12 +112,16 @@ NAMES = dict(
 # What they have and we have not, as nothing depends on it; and what is found elsewhere.
 IDLE = dict(backend="the device says which", num_workers="data is mapped into memory, and needs none")
 ELSEWHERE = dict(
+    load_from="a model is named by --init_from=FOLDER, or a .pth",
     save_weight="a run is a folder: --out_dir=out/NAME", lora_name="a run is a folder: --out_dir=out/NAME",
     **dict.fromkeys(('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'use_moe', 'context', 'teacher_hidden_size',
                      'teacher_num_layers', 'teacher_use_moe', 'student_use_moe'), "the model brings its own"))
 # Weights of others, and runs that learned as slowly, would lose what they know at the rates of a stage, which
 # are meant for the small models that start here: they get AdamW, at 5e-5 or what the stage has in this table.
 GENTLE = {'lora.py': 2e-4, 'dpo.py': 5e-6}
+
+# Settings by which a stage does something else than train.
+INSTEAD = ('classify', 'classify_file', 'merge_to', 'to_peft', 'from_peft', 'debug_mask')
 
 # What a resumed run may change. With all other settings its state was made.
 RESUME_MAY_CHANGE = {
@@ -172,8 +177,11 @@ def configure(settings, only=None, **rules):
             for key, (value, where) in found.items():
                 give(key, anchored(value), where)
     settings.update({key: check(settings, keys, rules, key, *place) for key, place in base.items()})
+    if all(places.get(key, '').startswith('--') for key in ('epochs', 'max_iters')) and given['epochs']:
+        fail(f"{places['max_iters']}: does not apply beside {places['epochs']}: give one of the two")
     for key in keys:
         settings[key] = given.get(key, anchored(settings[key]))
+    trains = trains and not any(settings.get(key) for key in INSTEAD)
     if trains and not base:
         settings.update(gentle_rates(settings, keys, given))
     if settings.get('init_from') == 'resume' or is_restarted(settings, keys):
@@ -189,6 +197,8 @@ def configure(settings, only=None, **rules):
              f"would climb; give a lower one, or --min_lr=-1 for a tenth of the rate")
     if trains:                                          # what can be refused, is before any work
         check_folder(settings['out_dir'])
+        if not settings['eval_only'] and settings['init_from'] != 'resume':
+            check_replaces(settings['out_dir'], os.path.basename(settings['__file__']))
     if settings.get('wandb_log') and not any(map(importlib.util.find_spec, TRACKERS)):
         fail("wandb_log=True needs a package: pip install wandb, or swanlab")
     rows = settings.get('batch_size', 1) * settings.get('gradient_accumulation_steps', 1)
@@ -302,8 +312,10 @@ def check(settings, keys, rules, key, value, where):
     """The value of a setting in its own type, or one line that names `where` and what is allowed."""
     if key not in keys:
         near = difflib.get_close_matches(key, keys, n=1)
-        hint = ELSEWHERE.get(key) or (f"did you mean {near[0]!r}? " if near else '') + "--help lists all"
-        fail(f"{where}: unknown setting {key!r}; {hint}")
+        if key in ELSEWHERE:
+            fail(f"{where}: does not apply here, as {ELSEWHERE[key]}")
+        hint = f"did you mean {near[0]!r}? " if near else ''
+        fail(f"{where}: unknown setting {key!r}; {hint}--help lists all")
     kind = type(settings[key])
     if value is True and kind is not bool and where == f'--{key}':
         fail(f"{where}: {key} needs a value, as in --{key}={settings[key]}")
@@ -372,6 +384,7 @@ def last_words(keys, kind, error, trace):
     """Ctrl-C, a reader that has gone (`| head`), memory or disk that is full: one line, and no traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)
+        atexit._run_exitfuncs()                         # they take away what is half written
         os._exit(130)
     if issubclass(kind, BrokenPipeError):
         os._exit(141)
@@ -457,6 +470,20 @@ def refuse_model(folder, setting):
             fail(f"--{setting}={folder} holds {taken[0]} already: choose another folder, or remove that")
 
 
+def check_replaces(folder, stage):
+    """One line if a new run of a stage would write over somebody's model, or over another stage's run. Over
+    one of its own it says so."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    for pattern in ('config.json', '*.safetensors', '*.bin'):
+        if taken := fnmatch.filter(names, pattern):
+            fail(f"--out_dir={folder} holds a model, {taken[0]}: choose another folder")
+    if CHECKPOINTS[0] in names:
+        there = load_checkpoint(folder)
+        if there['stage'] != stage:
+            fail(f"--out_dir={folder} holds a run of {there['stage']}: choose another folder, or remove that")
+        tell(f"{folder} holds a run at step {there['step']:,}, which this one replaces")
+
+
 def check_folder(path):
     """One line if this folder can't be written to, or made."""
     there = os.path.abspath(path)
@@ -470,7 +497,10 @@ def check_folder(path):
 
 def make_folder(path):
     check_folder(path)
-    os.makedirs(path, exist_ok=True)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:                                # a name too long, a folder of the system's
+        fail(f"cannot make the folder {path}: {e.strerror}")
 
 
 @contextmanager
@@ -585,6 +615,8 @@ def load_checkpoint(out_dir):
                     print(f"{broken[0]}; taken is {path}, of step {state['step']:,}", file=sys.stderr)
                 return Checkpoint(state)
             reason = f"{damaged} in it is damaged" if damaged else f"it holds no {wrong[0]} as it should be"
+        except PermissionError:
+            fail(f"{path}: permission denied")
         except Exception as e:                  # torch raises many kinds over a file that is not its own
             reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:80]}"
         broken.append(f"{path} is not a checkpoint of this project, or damaged ({reason})")
@@ -592,6 +624,8 @@ def load_checkpoint(out_dir):
         fail(broken[0])
     stage = os.path.basename(os.path.normpath(out_dir)) + '.py'
     known = os.path.isfile(os.path.join(HERE, stage))
+    if os.path.isfile(there := os.path.join(HERE, out_dir, CHECKPOINTS[0])):
+        fail(f"no checkpoint {os.path.join(out_dir, 'ckpt.pt')} in this folder; there is {there}")
     fail(f"no checkpoint {os.path.join(out_dir, 'ckpt.pt')}: " + (
         f"train first, with `python {stage}`" if known else "name the folder of a run, or train it first"))
 
@@ -600,7 +634,7 @@ def load_checkpoint(out_dir):
 
 def read_json(path):
     """The dict in a JSON file. Raises OSError, or ValueError with one line."""
-    with open(path, encoding='utf-8') as f:
+    with open(path, encoding='utf-8-sig') as f:
         try:
             found = json.load(f)
         except (ValueError, RecursionError) as e:

@@ -15,6 +15,7 @@ The loop comes from pretrain.py; rows, held-out loss and report from sft.py. Wha
 """
 import json
 import os
+from shlex import quote
 import re
 
 import numpy as np
@@ -231,4 +232,4 @@ if __name__ == '__main__':
                             meta.get('labels', ()))
         else:
             print(write_report(out_dir, model, tokenizer, val, val_docs, report_size, max_new_tokens))
-    training.close(f"the model is in {out_dir}: python sample.py --out_dir={out_dir} --chat")
+    training.close(f"the model is in {out_dir}: python sample.py --out_dir={quote(out_dir)} --chat")

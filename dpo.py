@@ -20,6 +20,7 @@ import copy
 import hashlib
 import math
 import os
+from shlex import quote
 
 import numpy as np
 import torch
@@ -259,4 +260,4 @@ if __name__ == '__main__':
                 policy[0::2], policy[1::2], ref[0::2], ref[1::2], beta))
             training.backward(loss, margin=chosen - rejected, chosen_reward=chosen, rejected_reward=rejected)
         training.update(pairs=len(rows))
-    training.close(f"the model is in {out_dir}: python sample.py --out_dir={out_dir} --chat")
+    training.close(f"the model is in {out_dir}: python sample.py --out_dir={quote(out_dir)} --chat")

@@ -20,6 +20,7 @@ import math
 import os
 import re
 import sys
+from shlex import quote
 
 import torch
 import torch.nn as nn
@@ -300,7 +301,7 @@ def merge_run(run, out_dir, folder):
     make_folder(folder)
     save_checkpoint(run, folder, load_tokenizer(out_dir), model.config, model=merge(model).state_dict(),
                     step=checkpoint['step'], settings=checkpoint['settings'])
-    print(f"merged {out_dir} into {base}; the model is in {folder}")
+    print(f"wrote {folder}: {base} with the adapters of {out_dir} merged into it")
 
 
 def export_peft(out_dir, folder):
@@ -373,4 +374,4 @@ if __name__ == '__main__':
         training.update(tokens=rows.tokens(step_rows))
     if training.finished and report_size:
         print(write_report(out_dir, model, tokenizer, val, val_docs, report_size, max_new_tokens))
-    training.close(f"the adapters are in {out_dir}: python sample.py --out_dir={out_dir} --chat")
+    training.close(f"the adapters are in {out_dir}: python sample.py --out_dir={quote(out_dir)} --chat")

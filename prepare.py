@@ -38,6 +38,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -308,8 +309,10 @@ def from_turn(turn, what):
 def call_of(call, what):
     """A call of a tool, OpenAI's or MiniMind's; one without a name is taken as it is, and counted."""
     call = call['function'] if isinstance(call, dict) and isinstance(call.get('function'), dict) else call
-    if not isinstance(call, dict) or 'name' not in call:
-        unused['call without a name, written as it is'] += 1
+    if not isinstance(call, dict) or not call:
+        raise ValueError(f"{what} is no call of a tool but {as_json(call)[:40]}")
+    if 'name' not in call:
+        unused['place for the name of a call, which has none'] += 1
         return call
     return dict(name=check_text(call['name'], what), arguments=call.get('arguments') or {})
 
@@ -823,7 +826,7 @@ def largest(array, at_most=1 << 29, piece=1 << 20):
 
 def run_script(script, *arguments):
     """Print a command and run it. If it fails it has said why, and this run ends with its exit code."""
-    print('$ python', script, *arguments, flush=True)
+    print('$', shlex.join(['python', script, *arguments]), flush=True)
     env = {key: value for key, value in os.environ.items() if key != 'RANK'}        # it is no rank of ours
     done = subprocess.run([sys.executable, os.path.join(HERE, script), *arguments], env=env,
                           stdout=sys.stderr if print_text else None)

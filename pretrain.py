@@ -25,6 +25,7 @@ import re
 import signal
 import sys
 import time
+from shlex import quote
 
 import numpy as np
 import torch
@@ -157,7 +158,7 @@ class Training:
         # weights that stay have no gradient: of adapters it would be another sum
         self.flops = flops_per_token(model, config['block_size']) if trained > size / 2 else 0
         steps = f"{self.last * self.rows / rows:.1f} epochs in {self.last:,} steps"
-        steps += f" (epochs={config['epochs']}, so max_iters does not count)" if config['epochs'] else ""
+        steps += f" (by epochs={config['epochs']})" if config['epochs'] else ""
         self.say(f"{size:,} parameters{part}; {what}: {'eval_only' if config['eval_only'] else steps} on "
                  f"{run.world_size} x {run.device.type} in {str(run.dtype)[6:]}")
 
@@ -595,4 +596,4 @@ if __name__ == '__main__':
             experts = dict(aux=aux * n, expert_load=model.expert_load() * n) if model.config.use_moe else {}
             training.backward((loss + aux) * n, loss=loss * n, **experts)
         training.update(tokens=training.rows * block_size)
-    training.close(f"the model is in {out_dir}: python sample.py --out_dir={out_dir}")
+    training.close(f"the model is in {out_dir}: python sample.py --out_dir={quote(out_dir)}")

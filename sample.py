@@ -17,22 +17,24 @@ Decoding picks from it: the likeliest token each time (greedy, temperature=0), o
     top_p               only the likeliest that together reach probability p remain (Holtzman et al. 2020)
     min_p               only tokens min_p times as likely as the likeliest remain (Nguyen et al. 2024)
 """
+import atexit
 import difflib
 import functools
 import importlib.util
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
 from configurator import (at_least, bare_weights, between, build_model, check_weights, configure, draw, fail,
-                          fingerprint, load_checkpoint, one_of, parse, read_file, read_json, refuse_model,
-                          replacing, start_run, tell)
+                          fingerprint, load_checkpoint, make_folder, one_of, parse, read_file, read_json,
+                          refuse_model, replacing, start_run, tell)
 from model_gpt2 import GPT2, OFFICIAL, TRANSPOSED, GPT2Config
 from model_minimind import EXPERT_KEYS, MiniMind, MiniMindConfig, rope_table
 from train_tokenizer import encode_chat, gguf_words, load_tokenizer
@@ -345,13 +347,30 @@ def load_bare(file, dropout, given):
         if config.vocab_size in (50257, 50304):         # nanoGPT rounds it up
             paths.append('gpt2')
         where = paths[0] if paths else fail(
-            f"{file} comes without a tokenizer: name a folder, --weights_config=tokenizer=FOLDER")
+            f"{file} comes without a tokenizer: name a folder, --weights_config=tokenizer=FOLDER (for "
+            f"nanoGPT's characters `python prepare.py --input=FOLDER_OF_TRAIN.BIN` makes one)")
         guessed.append(f'tokenizer={where}')
     open_names = left_open(asdict(config))
     if useless := given.keys() - {*open_names}:
         fail(f"--weights_config: {min(useless)} does nothing, as {file} shows it or has no experts")
     guessed += [f'{name}={getattr(config, name)}' for name in open_names if name not in given]
-    return model, load_tokenizer(where), ', '.join(guessed)
+    tokenizer, rows = load_tokenizer(where), model.config.vocab_size
+    if tokenizer.vocab_size == rows + 2 and tokenizer.special_ids['eos_token'] == rows:     # characters
+        model = with_special_tokens(model)
+        guessed.append('two more rows for <|endoftext|> and <|unk|>')
+    return model, tokenizer, ', '.join(guessed)
+
+
+@torch.no_grad()
+def with_special_tokens(model):
+    """nanoGPT's model of characters with a row each for <|endoftext|> and <|unk|>: that of the token which it
+    finds least likely, so that they are chosen no more often."""
+    tokens = torch.arange(min(model.config.vocab_size, model.config.context))[None]
+    least = model(tokens)[0].mean(dim=(0, 1)).argmin()
+    state = {name: torch.cat([value, value[least].expand(2, -1)]) if name in (
+        'transformer.wte.weight', 'lm_head.weight') else value for name, value in model.state_dict().items()}
+    config = replace(model.config, vocab_size=model.config.vocab_size + 2)
+    return build_model(type(model), config, state, 'the model')
 
 
 def model_of(checkpoint, source, weights='model', head=lambda model: model, **changes):
@@ -530,8 +549,15 @@ def write_folder(model, tokenizer, folder):
     ids['eos_token_id'] = ends if len(ends) > 1 else ends[0]
     tokenizer.generation.update(ids)
     tokenizer.words['model_max_length'] = model.config.context
-    model.save_pretrained(folder, **ids)
-    tokenizer.save(folder)
+    partial = f'{os.path.normpath(folder)}.partial'
+    shutil.rmtree(partial, ignore_errors=True)
+    atexit.register(shutil.rmtree, partial, ignore_errors=True)     # a run that is cut leaves nothing behind
+    model.save_pretrained(partial, **ids)
+    tokenizer.save(partial)
+    make_folder(folder)
+    for name in os.listdir(partial):
+        os.replace(os.path.join(partial, name), os.path.join(folder, name))
+    os.rmdir(partial)
 
 
 # sizes: config.json's names of them, and GGUF's

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import sys
+from shlex import quote
 
 import numpy as np
 import torch
@@ -282,4 +283,4 @@ if __name__ == '__main__':
         training.update(tokens=rows.tokens(step_rows))
     if training.finished and report_size:
         print(write_report(out_dir, model, tokenizer, val, val_docs, report_size, max_new_tokens))
-    training.close(f"the model is in {out_dir}: python sample.py --out_dir={out_dir} --chat")
+    training.close(f"the model is in {out_dir}: python sample.py --out_dir={quote(out_dir)} --chat")

@@ -179,7 +179,7 @@ def load_tokenizer(source):
         return gpt2_tokenizer()
     path = os.path.join(source, 'tokenizer.json')
     if not os.path.isfile(path):
-        fail(f"no tokenizer {path}: train one with `python train_tokenizer.py`, or use --tokenizer=gpt2")
+        fail(f"no tokenizer {path}: train one with `python train_tokenizer.py`, or name another, as gpt2")
     try:
         words = read_words(source)
     except (OSError, ValueError) as e:

@@ -312,12 +312,12 @@ def calls(calls, **more):
     return dict(messages=[USER, say('assistant', None, tool_calls=calls, **more)])
 
 
-@pytest.mark.parametrize('call', ['f(x)', [dict(id='1')]])
+@pytest.mark.parametrize('call', [json.dumps([dict(id='1')]), [dict(id='1')]])
 def test_a_call_without_a_name_is_taken_as_it_is_and_counted(tokenizer, call):
     messages = messages_of(calls(call))
-    assert prepare.unused == {'call without a name, written as it is': 1}
+    assert prepare.unused == {'place for the name of a call, which has none': 1}
     text = tokenizer.decode(encode_chat(tokenizer, messages)[0])
-    assert f'<tool_call>\n{call if isinstance(call, str) else json.dumps(call[0])}\n</tool_call>' in text
+    assert '<tool_call>\n{"id": "1"}\n</tool_call>' in text
 
 
 BAD = {
@@ -327,6 +327,9 @@ BAD = {
     'no value': (dict(conversations=[{'from': 'human'}]), 'no field "value" among from'),
     'image': (dict(messages=[say('user', [dict(type='image_url', image_url='x')]), ANSWER]),
               'no field "text" among type'),
+    'no json': (calls('f(x)'), 'the call of turn 2, of the assistant, is no call of a tool but f(x)'),
+    'null': (calls([None]), 'is no call of a tool but null'),
+    'empty call': (calls([dict(function={})]), 'is no call of a tool but {}'),
     'nothing': (calls('[]', reasoning_content=''), 'turn 2, of the assistant, is not a text but null'),
     'blank': (dict(messages=[USER, say('assistant', ' ', tool_calls=[])]),
               'turn 2, of the assistant, is empty'),

@@ -50,7 +50,7 @@ def test_epochs_say_how_many_steps(script, data, tmp_path):
     rows = (len(read_split(data[10:], 'train').tokens) - 1) // 32 - 1
     steps = [math.ceil(n * rows / 4) for n in (0, 1, 1.5)]
     out = script('pretrain.py', *TINY, data, '--epochs=1').stdout
-    assert f'epochs in {steps[1]} steps (epochs=1.0, so max_iters does not count)' in out
+    assert f'epochs in {steps[1]} steps (by epochs=1.0)' in out
     again = ['--init_from=resume', '--out_dir=run']
     line = script('pretrain.py', *again, code=2).stderr
     assert f'at step {steps[1]}, and ends at {steps[1]}: raise --epochs' in line
@@ -215,7 +215,9 @@ def test_minimind_s_command_lines_are_understood(script, data, tmp_path):
 
 
 @pytest.mark.parametrize('stage, args, words', [
-    ('sft', ['--hidden_size', '768'], "size=768: unknown setting 'n_embd'; the model brings its own"),
+    ('sft', ['--hidden_size', '768'], "--hidden_size=768: does not apply here, as the model brings its own"),
+    ('pretrain', ['--epochs=2', '--max_iters=20'], 'does not apply beside --epochs=2: give one of the two'),
+    ('pretrain', ['--load_from=minimind'], 'a model is named by --init_from=FOLDER'),
     ('sft', ['--save_weight=full_sft'], 'a run is a folder: --out_dir=out/NAME'),
     ('pretrain', ['--data_path=some.jsonl'], 'python prepare.py --input=some.jsonl --dataset=NAME'),
     ('distill', ['--teacher_hidden_size=768'], 'the model brings its own'),

@@ -479,3 +479,40 @@ def test_in_each_stage_what_is_held_out_is_read_without_dropout(stage):
     assert model.training and not torch.equal(model(tokens)[0], model(tokens)[0])
     model.eval()
     assert np.array_equal(first, second) and np.array_equal(first, measure())
+
+
+# ---- what a run may write over ----
+
+def test_a_new_run_replaces_only_one_of_its_own_stage(script, run_folder, tmp_path, tokenizer):
+    write_data(str(tmp_path / 'rules'), tokenizer, [Piece('train', TEXT * 9), Piece('val', TEXT)], 'test')
+    run = ['--dataset=./rules', '--n_layer=1', '--n_head=2', '--n_kv_head=1', '--n_embd=32', '--max_iters=1',
+           '--block_size=32', '--batch_size=2', '--eval_iters=1', '--device=cpu', '--out_dir=my run']
+    first, second = (script('pretrain.py', *run).stdout for _ in range(2))
+    assert 'replaces' not in first and 'holds a run at step 1, which this one replaces' in second
+    assert "python sample.py --out_dir='my run'" in first            # as a shell wants it
+    before = (tmp_path / 'my run' / 'ckpt.pt').read_bytes()
+    chats = ['--dataset=./rules', f'--init_from={run_folder}', '--out_dir=my run']
+    line = script('sft.py', *chats, code=2).stderr
+    assert '--out_dir=my run holds a run of pretrain.py' in line
+    assert (tmp_path / 'my run' / 'ckpt.pt').read_bytes() == before
+    script('sample.py', '--out_dir=my run', '--export_dir=hf')
+    kept = {path.name: path.read_bytes() for path in (tmp_path / 'hf').iterdir()}
+    line = script('pretrain.py', *run, '--out_dir=hf', code=2).stderr
+    assert '--out_dir=hf holds a model, config.json: choose another folder' in line
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'hf').iterdir()} == kept
+
+
+@pytest.mark.parametrize('script_name, setting', [('pretrain', 'out_dir'), ('train_tokenizer', 'out_dir')])
+def test_a_folder_that_cannot_be_made_is_one_line(script, tokenizer_folder, script_name, setting):
+    line = script(f'{script_name}.py', f'--{setting}=out/{"x" * 300}', code=2).stderr
+    assert 'cannot make the folder' in line and 'File name too long' in line
+
+
+def test_a_run_in_the_repository_is_named_from_elsewhere(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('configurator.HERE', str(tmp_path / 'repository'))
+    (tmp_path / 'repository' / 'out' / 'sft').mkdir(parents=True)
+    (tmp_path / 'repository' / 'out' / 'sft' / 'ckpt.pt').touch()
+    with pytest.raises(SystemExit):
+        load_checkpoint('out/sft')
+    assert f"there is {tmp_path / 'repository' / 'out' / 'sft' / 'ckpt.pt'}" in capsys.readouterr().err

@@ -219,6 +219,25 @@ def test_a_stage_goes_on_from_nanogpt(script, tmp_path, tokenizer, data):
     assert "nanoGPT's: start from it, with --init_from=again and another --out_dir" in line
 
 
+def test_nanogpts_characters_speak_and_train_on(script, tmp_path):
+    """Its first example: 65 characters, to which the tokenizer here adds <|endoftext|> and <|unk|>."""
+    (tmp_path / 'input.txt').write_text(TEXT * 3)
+    script('prepare.py', '--input=input.txt', '--dataset=./shakespeare_char')
+    characters = len(set(TEXT))
+    theirs = nanogpt(tmp_path / 'nano', characters, False)
+    given = '--weights_config=tokenizer=shakespeare_char'
+    path = str(tmp_path / 'shakespeare_char')
+    model, tokenizer, _ = load_run(str(tmp_path / 'nano'), given=dict(tokenizer=path))
+    assert tokenizer.vocab_size == model.config.vocab_size == characters + 2
+    x = torch.arange(8)[None]
+    ours = model(x)[0]
+    torch.testing.assert_close(ours[..., :characters], theirs(x), atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours[..., -1], ours[..., -2]) and ours[..., -1].mean() < ours[..., :-2].mean()
+    script('sample.py', '--init_from=nano', given, '--start=T', '--max_new_tokens=3')
+    script('pretrain.py', '--init_from=nano', given, '--dataset=./shakespeare_char', *FAST[:-2],
+           '--block_size=16', '--out_dir=run')
+
+
 def test_a_bias_that_is_not_zero_is_not_left_out(tmp_path, tokenizer):
     model = GPT2(GPT2Config(vocab_size=350, n_positions=8, n_embd=16, n_layer=1, n_head=2, bias=False))
     model.save_pretrained(tmp_path)
