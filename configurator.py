@@ -181,7 +181,7 @@ def configure(settings, only=None, **rules):
         fail(f"{places['max_iters']}: does not apply beside {places['epochs']}: give one of the two")
     for key in keys:
         settings[key] = given.get(key, anchored(settings[key]))
-    trains = trains and not any(settings.get(key) for key in INSTEAD)
+    trains = trains and all(given.get(key, False) is False for key in INSTEAD)
     if trains and not base:
         settings.update(gentle_rates(settings, keys, given))
     if settings.get('init_from') == 'resume' or is_restarted(settings, keys):

@@ -238,6 +238,7 @@ def test_a_run_in_many_ways(script, pairs_folder, run_folder, tmp_path):
 NODES = """
 import sys
 import numpy as np
+import torch
 from configurator import start_run
 from dpo import reference_log_probs
 from sample import load_run
@@ -247,6 +248,8 @@ how = 'train', [3, 1, 4], 64, 2, False
 first = reference_log_probs(model, run, './pairs', *how)
 again = reference_log_probs(model, run, './pairs' if run.rank == 0 else './elsewhere', *how)
 assert np.array_equal(first, again) and first.shape == (3, 2) and (first < 0).all()
+run.barrier()                       # a rank that leaves before the other is done is aborted by gloo
+torch.distributed.destroy_process_group()
 """
 
 
