@@ -18,7 +18,7 @@ from conftest import ONE_THREAD, ROOT, TEXT
 from configurator import Run, read_json, read_weights, save_checkpoint
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
-from sample import generate, load_run, write_folder, write_gguf
+from sample import export, generate, load_run, write_folder, write_gguf
 from train_tokenizer import (QWEN2_SPLIT, SPECIAL, Tokenizer, byte_level_bpe, encode_chat, gguf_words,
                              load_tokenizer, train_lookup)
 
@@ -345,3 +345,19 @@ def test_mistakes_are_one_line(script, run_folder, tmp_path, tokenizer, monkeypa
     assert not (tmp_path / 'hf').exists()
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     assert 'pip install gguf' in script('sample.py', run, '--export_gguf=model.gguf', code=2).stderr
+
+
+def test_an_export_that_is_cut_leaves_no_half(tmp_path, tokenizer, monkeypatch):
+    """Ctrl-C between the weights and the tokenizer: the folder is not there, and the next try makes it."""
+    model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+
+    def interrupted(self, folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Tokenizer, 'save', interrupted)
+        export(model, tokenizer, str(tmp_path / 'hf'))
+    assert not (tmp_path / 'hf').exists()
+    export(model, tokenizer, str(tmp_path / 'hf'))
+    assert {'config.json', 'tokenizer.json'} <= {path.name for path in (tmp_path / 'hf').iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ['hf']
