@@ -128,8 +128,8 @@ RESUME_MAY_CHANGE = {
     'init_from', 'out_dir', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'report_size',
     'max_new_tokens', 'prompt', 'wandb_log', 'tokenizer', 'batch_size', 'gradient_accumulation_steps',
     'cache_reference', 'learning_rate', 'min_lr', 'warmup_iters', 'grad_clip', 'device', 'dtype', 'compile',
-    'always_save_checkpoint', 'debug_mask', 'classify', 'classify_file', 'merge_to', 'to_peft', 'from_peft',
-    'epochs', 'eval_only', 'decay_lr', 'lr_decay_iters', 'wandb_project', 'wandb_run_name'}
+    'always_save_checkpoint', 'epochs', 'eval_only', 'decay_lr', 'lr_decay_iters', 'wandb_project',
+    'wandb_run_name', *INSTEAD}
 
 
 def configure(settings, only=None, **rules):
@@ -177,8 +177,10 @@ def configure(settings, only=None, **rules):
             for key, (value, where) in found.items():
                 give(key, anchored(value), where)
     settings.update({key: check(settings, keys, rules, key, *place) for key, place in base.items()})
-    if all(places.get(key, '').startswith('--') for key in ('epochs', 'max_iters')) and given['epochs']:
-        fail(f"{places['max_iters']}: does not apply beside {places['epochs']}: give one of the two")
+    if places.get('max_iters', '').startswith('--'):        # typed, it counts, whatever a file or a run says
+        if places.get('epochs', '').startswith('--') and given['epochs']:
+            fail(f"{places['max_iters']}: does not apply beside {places['epochs']}: give one of the two")
+        given['epochs'] = 0.0
     for key in keys:
         settings[key] = given.get(key, anchored(settings[key]))
     trains = trains and all(given.get(key, False) is False for key in INSTEAD)
@@ -294,8 +296,6 @@ def resume_settings(settings, keys, rules, given, places):
             fail(f"{places[key]}: {out_dir} has {key}={saved[key]}, and a resumed run keeps that")
     fixed, settings['init_from'] = {*given, 'init_from', 'out_dir'}, 'resume'
     settings.update({key: value for key, value in saved.items() if key not in fixed})
-    if 'max_iters' in given and 'epochs' not in given:
-        settings['epochs'] = 0.0
 
 
 def parse(text, default):

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+from shlex import quote
 
 import numpy as np
 import torch
@@ -268,4 +269,4 @@ if __name__ == '__main__':
         model.load_state_dict(best_weights)
         write_report(out_dir, model, run, dict(train=train, val=val, test=test), names, block_size)
     training.close(f"the classifier, of step {best['step']:,}, is in {out_dir}: python finetune_cls.py "
-                   f"--out_dir={out_dir} --classify=\"You won a prize\"")
+                   f"--out_dir={quote(out_dir)} --classify=\"You won a prize\"")

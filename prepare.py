@@ -615,8 +615,8 @@ def encode_texts(tokenizer, pieces):
     if isinstance(pieces[0].content, Encoded):
         yield from ((piece, piece.content.ids, [1] * len(piece.content.ids)) for piece in pieces)
         return
+    end = tokenizer.backend.id_to_token(tokenizer.eot)
     for piece, ids in zip(pieces, tokenizer.encode_batch([piece.content for piece in pieces])):
-        end = tokenizer.backend.id_to_token(tokenizer.eot)
         ended = piece.content.rstrip().endswith(end) and tokenizer.eot in ids
         opened = tokenizer.bos in (tokenizer.eot, *ids[:1]) or not piece.begins_document
         bos, ids = [tokenizer.bos] * (not opened), ids + [tokenizer.eot] * (piece.ends_document and not ended)

@@ -72,6 +72,8 @@ use_cache = True            # False reads the whole text anew for each token, to
 device = 'auto'             # 'auto' takes cuda, then mps, then cpu
 dtype = 'auto'              # 'float32', 'bfloat16' or 'float16'; 'auto' is bfloat16 where that is fast
 
+SPEAKING = ('chat start lines num_samples max_new_tokens stop on_full temperature top_k top_p min_p '
+            'repetition_penalty seed show_probs plot use_cache')       # settings that no export asks for
 GREEDY = 1e-5               # a temperature below is 0: float32 could not tell them apart
 MODELS = dict(gpt2=(GPT2, GPT2Config), minimind=(MiniMind, MiniMindConfig))
 HUGGING_FACE = dict(gpt2=GPT2, minimind=MiniMind, llama=MiniMind, qwen2=MiniMind, qwen3=MiniMind,
@@ -645,8 +647,7 @@ def export(model, tokenizer, target, write=write_folder):
 if __name__ == '__main__':
     configure(globals(), {
         'chat': 'system thinking', '!init_from': 'out_dir',
-        '!export_dir': 'chat start lines num_samples stop show_probs plot',
-        '!export_gguf': 'chat start lines num_samples stop show_probs plot export_dir',
+        '!export_dir': SPEAKING, '!export_gguf': f'{SPEAKING} export_dir',
         '!chat': 'start lines num_samples stop show_probs plot on_full use_cache'},
         num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0), top_p=between(0, 1),
         min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'))
@@ -659,7 +660,7 @@ if __name__ == '__main__':
     run = start_run(device, dtype, seed)
     source = init_from or out_dir
     model, tokenizer, checkpoint = load_run(source, run.device, yarn_factor=yarn_factor,
-                                   given=parse_given(weights_config))
+                                            given=parse_given(weights_config))
     if target := export_dir or export_gguf:
         if dtype != 'auto':
             model.to(run.dtype)

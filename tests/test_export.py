@@ -333,6 +333,8 @@ def test_mistakes_are_one_line(script, run_folder, tmp_path, tokenizer, monkeypa
     assert 'cannot write nowhere/model.gguf: No such file' in line
     line = script('sample.py', run, '--export_gguf=a', '--export_dir=b', code=2).stderr
     assert 'export_dir applies not with --export_gguf' in line
+    line = script('sample.py', run, '--export_gguf=a', '--temperature=0', code=2).stderr
+    assert 'temperature applies not with --export_gguf' in line and not (tmp_path / 'a').exists()
     model = load_run(str(run_folder))[0]
     save(tmp_path / 'spam', model, tokenizer, labels=['ham', 'spam'])
     for how in ('dir', 'gguf'):

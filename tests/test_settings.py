@@ -54,6 +54,9 @@ def test_epochs_say_how_many_steps(script, data, tmp_path):
     again = ['--init_from=resume', '--out_dir=run']
     line = script('pretrain.py', *again, code=2).stderr
     assert f'at step {steps[1]}, and ends at {steps[1]}: raise --epochs' in line
+    (tmp_path / 'long.py').write_text('epochs = 9.0')
+    few = script('pretrain.py', 'long.py', *TINY, data, '--max_iters=2', '--out_dir=few').stdout
+    assert 'in 2 steps on' in few                                           # what is typed wins over a file
     script('pretrain.py', *again, '--epochs=1.5')
     assert load_checkpoint(str(tmp_path / 'run'))['step'] == steps[2]
     script('pretrain.py', *again, f'--max_iters={steps[2] + 1}')            # which then counts
