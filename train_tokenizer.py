@@ -34,6 +34,7 @@ from configurator import (HERE, at_least, between, configure, fail, make_folder,
 out_dir = 'out/tokenizer'   # where tokenizer.json and tokenizer_config.json go
 input = ''                  # a file or folder, as prepare.py takes it; '' is the built-in pydoc
 kind = 'bpe'                # 'bpe', or for the lesson 'word' and 'char'
+split_han = False           # bpe: no token spans two Chinese characters, so that lines can be counted in them
 vocab_size = 6400           # number of tokens, special ones included
 max_bytes = 200_000_000     # stop reading after this much training text
 val_fraction = 0.0          # share of the text that is held out; 0 takes the data set's own, as in prepare.py
@@ -295,9 +296,13 @@ def text_parts(file, size=1 << 16):
 
 # ---- training ----
 
-def train_bpe(texts, vocab_size):
-    """Byte-level BPE from an iterator of texts; a `tokenizers` backend of at most vocab_size tokens."""
+def train_bpe(texts, vocab_size, split_han=False):
+    """Byte-level BPE from an iterator of texts; a `tokenizers` backend of at most vocab_size tokens. With
+    split_han each Chinese character is a word of its own, within which bytes are merged."""
     backend = byte_level_bpe({}, [], [])
+    if split_han:
+        han = pre_tokenizers.Split(tokenizers.Regex(r'\p{Han}'), 'isolated')
+        backend.pre_tokenizer = pre_tokenizers.Sequence([han, backend.pre_tokenizer])
     # the alphabet is all 256 bytes, whatever the corpus holds
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -682,8 +687,9 @@ def gguf_words(tokenizer, vocab_size):
 
 
 if __name__ == '__main__':
-    configure(globals(), kind=one_of('bpe', 'word', 'char'), vocab_size=at_least(3), max_bytes=at_least(1),
-              val_fraction=between(0, 1), on_error=one_of('stop', 'skip'), trace=at_least(0))
+    configure(globals(), {'kind=bpe': 'split_han'}, kind=one_of('bpe', 'word', 'char'), vocab_size=at_least(3),
+              max_bytes=at_least(1), val_fraction=between(0, 1), on_error=one_of('stop', 'skip'),
+              trace=at_least(0))
     if trace:
         words = (word for text in training_texts(input, 10_000_000, []) for word in text.split())
         print_trace(Counter(words) if input else CHAPTER_CORPUS, trace)
@@ -693,7 +699,8 @@ if __name__ == '__main__':
     refuse_model(out_dir, 'out_dir')                    # whose own tokenizer this would overwrite
     held_out = []
     texts = training_texts(input, max_bytes, held_out)
-    backend = train_bpe(texts, vocab_size) if kind == 'bpe' else train_lookup(texts, vocab_size, kind)
+    backend = (train_bpe(texts, vocab_size, split_han) if kind == 'bpe' else
+               train_lookup(texts, vocab_size, kind))
     Tokenizer(backend).save(out_dir)
     report(load_tokenizer(out_dir), held_out)
     print(f"wrote {os.path.join(out_dir, 'tokenizer.json')}")
