@@ -49,7 +49,7 @@ export_gguf = ''            # write it into this file, which llama.cpp and Ollam
 # the text
 start = 'def '              # prompt, or FILE:path, or '-' for standard input
 lines = False               # take each line of start as a prompt of its own, all in one batch
-num_samples = 1             # how many texts for each prompt
+num_samples = 1             # how many texts for each prompt; with --chat, answers to each question
 max_new_tokens = 200        # longest continuation, in tokens
 stop = ''                   # a text at which a sample ends, or several with | between; '"\n"' is a line end
 on_full = 'stop'            # when the context is full: 'stop', or 'slide' and forget the older half
@@ -247,11 +247,11 @@ class Stream:
         return self.show(len(self.text))
 
 
-def answers(model, tokenizer, prompts, max_new_tokens, batch_size=16, temperature=0.0, **how):
+def answers(model, tokenizer, prompts, max_new_tokens, batch_size=16, generator=None, temperature=0.0, **how):
     """Texts that continue prompts (id lists of any length): [(text, whether it ended by itself), ...].
-    Greedy, or with the same random numbers each time, so that texts compare."""
+    Greedy, or without a generator with the same random numbers each time, so that texts compare."""
     device, results, stop = next(model.parameters()).device, [], tokenizer.ends
-    generator = torch.Generator(device).manual_seed(0)
+    generator = generator or torch.Generator(device).manual_seed(0)
     with evaluating(model):
         for i in range(0, len(prompts), batch_size):
             tokens, padding = left_pad(prompts[i:i + batch_size], device)
@@ -486,8 +486,9 @@ def prompt_that_fits(tokenizer, messages, room, thinking=False):
     return ids
 
 
-def converse(model, tokenizer, system, thinking, max_new_tokens, generator=None, **how):
-    """Answer what is typed, on and on. All of it is text: "<|im_end|>" typed by a user ends nothing."""
+def converse(model, tokenizer, system, thinking, num_samples, max_new_tokens, generator=None, **how):
+    """Answer what is typed, on and on. All of it is text: "<|im_end|>" typed by a user ends nothing. With
+    several answers to each question none is remembered: print the question before each answer."""
     tokenizer.take_own_layout()
     lead = tokenizer.layout.lead if tokenizer.layout else '<think>\n'
     if thinking and not lead and tokenizer.layout.thinks == 'given':
@@ -510,6 +511,12 @@ def converse(model, tokenizer, system, thinking, max_new_tokens, generator=None,
             continue
         if len(messages) < before:
             print(f"(the context is full: {before - len(messages)} turns are forgotten)", file=sys.stderr)
+        if num_samples > 1:
+            for answer, _ in answers(model, tokenizer, [ids] * num_samples, max_new_tokens, num_samples,
+                                     generator, **how):
+                print(text.strip(), answer, '-' * 40, sep='\n', flush=True)
+            messages = list(opening)
+            continue
         stream = Stream(tokenizer, ids, known=known_length(model.config))
         for new in generate(model, torch.tensor([ids], device=device), max_new_tokens, tokenizer.ends,
                             generator, vocab_size=tokenizer.vocab_size, **how):
@@ -648,7 +655,7 @@ if __name__ == '__main__':
     configure(globals(), {
         'chat': 'system thinking', '!init_from': 'out_dir',
         '!export_dir': SPEAKING, '!export_gguf': f'{SPEAKING} export_dir',
-        '!chat': 'start lines num_samples stop show_probs plot on_full use_cache'},
+        '!chat': 'start lines stop show_probs plot on_full use_cache'},
         num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0), top_p=between(0, 1),
         min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'))
     if export_dir:
@@ -673,7 +680,7 @@ if __name__ == '__main__':
                repetition_penalty=repetition_penalty)
     generator = torch.Generator(run.device).manual_seed(seed)
     if chat:
-        converse(model, tokenizer, system, thinking, max_new_tokens, generator, **how)
+        converse(model, tokenizer, system, thinking, num_samples, max_new_tokens, generator, **how)
         sys.exit()
     context = model.config.context
     text = read_prompt(start)

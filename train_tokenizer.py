@@ -687,9 +687,9 @@ def gguf_words(tokenizer, vocab_size):
 
 
 if __name__ == '__main__':
-    configure(globals(), {'kind=bpe': 'split_han'}, kind=one_of('bpe', 'word', 'char'), vocab_size=at_least(3),
-              max_bytes=at_least(1), val_fraction=between(0, 1), on_error=one_of('stop', 'skip'),
-              trace=at_least(0))
+    configure(globals(), {'kind=bpe': 'split_han'}, kind=one_of('bpe', 'word', 'char'),
+              vocab_size=at_least(3), max_bytes=at_least(1), val_fraction=between(0, 1),
+              on_error=one_of('stop', 'skip'), trace=at_least(0))
     if trace:
         words = (word for text in training_texts(input, 10_000_000, []) for word in text.split())
         print_trace(Counter(words) if input else CHAPTER_CORPUS, trace)

@@ -6,20 +6,27 @@ The built-in sets of classical Chinese poems.
     python data/poems.py                            # a minute: Tang poems of regular form
     python data/poems.py --all                      # instead from all 310,000 poems of Tang and Song
     python data/poems.py --judge=out/sft/report.json        # marks of the poems in a file, by poetry_form.py
+    python data/poems.py --pairs=practice.txt       # a model's own poems, some to each order -> pairs for DPO
 
 The archive is read in place. Into data/raw/ go
 
-    poems.jsonl         for pretraining: title, author and lines
-        {"text": "《春夜》\n某人\n...，...。\n...，...。\n", "split": "train"}
+    poems.jsonl         for pretraining: title, author, rhyme and lines; and a book of rhymes
+        {"text": "《春夜》\n某人\n韵：光\n...，...。\n...，...。\n", "split": "train"}
     poems_sft.jsonl     for instruction tuning: orders, each with a real poem that fulfils it
         {"conversations": [{"role": "user", "content": "以《春夜》为题写一首五言绝句"}, ...], "split": "val"}
     ci_sft.jsonl        the same for ci, poems with lines of the lengths that their tune asks for
     poems_dpo.jsonl     an order, its poem, and one that breaks the order or a rule; the label says which
         {"chosen": [{"role": "user", ...}, ...], "rejected": [...], "split": "train", "label": "rhyme"}
     poems_cls.csv       label and text: Tang or Song. Held-out poems only, so that pretraining has seen none
+    poems_own.jsonl     the same of a model's own poems, as the judge marks them
     poems_form.json     what the judge knows, so that it needs no archive
+    poems_orders.txt    held-out orders, to compare models by; poems_practice.txt, orders to train on
 
 All hold out the same poems, and no line of a held-out poem stands in a training poem.
+
+A poem opens with its rhyme, as poets drew one before they wrote: what is planned aloud is easily kept. Which
+characters rhyme stands in the book, rows of characters of one class: thirty rhymes to learn where a poem has
+one or three. Without both a small model does not rhyme at all: 2% of its poems after 320 steps, 40% with.
 """
 import csv
 import hashlib
@@ -134,10 +141,27 @@ def split(poems):
 
 # ---- poems -> records ----
 
-def texts(poems):
-    """Records for pretraining. A title is marked as an order will mark it."""
+def with_rhyme(judge, lines, text):
+    """A text of lines below the rhyme of those, named by the most frequent character of its class."""
+    number = judge.rhyme_class(lines) if form_of(lines) else None
+    return text if number is None else f'韵：{judge.classes[number][0]}\n{text}'
+
+
+def texts(poems, judge):
+    """Records for pretraining. A title is marked as an order will mark it. After each sixth training poem
+    stands a row of the book of rhymes, of the class of that poem: so a class comes as often as in poems."""
+    rng = random.Random(1337)
     for poem in poems:
-        yield dict(text=f'《{poem.title}》\n{poem.author}\n{poem.text}\n', split=poem.split)
+        text = with_rhyme(judge, poem.lines, poem.text)
+        yield dict(text=f'《{poem.title}》\n{poem.author}\n{text}\n', split=poem.split)
+        number = judge.rhyme_class(poem.lines) if poem.form else None
+        if poem.split == 'train' and number is not None and rng.random() < 1 / 6:
+            characters = judge.classes[number]
+            # the frequent ones more often: character i has weight 1 / (i + 10)
+            drawn = sorted(range(len(characters)), key=lambda i: rng.random() ** (i + 10), reverse=True)[:32]
+            rng.shuffle(drawn)
+            row = ''.join(characters[i] for i in drawn)
+            yield dict(text=f'韵：{characters[0]}\n{row}\n', split='train')
 
 
 def an_order(poem, rng, poets, kinds):
@@ -161,12 +185,15 @@ def one_name(ci):
     return names[number_of(ci.text) % len(names)]
 
 
-def conversations(poems, poets, kinds):
-    """Records for instruction tuning, with one order for each poem."""
+def conversations(poems, poets, judge, kinds):
+    """Records for instruction tuning: each poem to an order, and one of its lines to the line before it."""
     rng = random.Random(1337)
     for poem in poems:
-        order, answer = an_order(poem, rng, poets, kinds)
-        yield dict(conversations=[turn('user', order), turn('assistant', answer)], split=poem.split)
+        for is_next in (False, True):
+            if some := {kind: kinds[kind] for kind in kinds if (kind == 'next') == is_next}:
+                order, answer = an_order(poem, rng, poets, some)
+                answer = answer if is_next else with_rhyme(judge, poem.lines, answer)
+                yield dict(conversations=[turn('user', order), turn('assistant', answer)], split=poem.split)
 
 
 def turn(role, content):
@@ -182,11 +209,13 @@ def pair(order, chosen, rejected, split, label):
 FAILS = dict(rhyme={'rhyme'}, tones={'tones'}, order={'order'}, lines={'order', 'rhyme', 'tones'})
 
 
-def broken(rule, lines, other, rng):
-    """The lines of a poem with one rule broken, perhaps, by the lines of another poem of its form."""
+def broken(rule, lines, other, endings, rng):
+    """The lines of a poem with one rule broken, perhaps, by the lines of another poem of its form; a rhyme by
+    its last character alone. endings: {character: [those that end lines behind it]}, so that the new word is
+    one, and nothing but the rhyme tells the two poems apart."""
     new, i = list(lines), rng.randrange(len(lines))
     if rule == 'rhyme':
-        new[i | 1] = other[i | 1]
+        new[i | 1] = new[i | 1][:-1] + rng.choice(endings[new[i | 1][-2]])
     elif rule == 'tones' and rng.random() < 0.5:
         new[i & ~1] = other[i & ~1]                 # it ends in no rhyme
     elif rule == 'tones':
@@ -211,24 +240,28 @@ def pairs(poems, poets, judge):
     kinds = {name: wordings for name, wordings in ORDERS.items() if name != 'next'}
     seen = {name: ORDERS[name] for name in ('theme', 'first')}
     for side, members in good.items():
-        of_form = defaultdict(list)
+        of_form, endings = defaultdict(list), defaultdict(list)
         for poem in members:
             of_form[poem.form].append(poem)
+            for line in poem.lines[1::2]:
+                endings[line[-2]].append(line[-1])
         for poem in members:
-            rule = rng.choice(['rhyme'] * 3 + ['tones'] * 3 + ['order', 'lines', 'form'])
+            rule = rng.choice(['rhyme'] * 6 + ['tones'] * 2 + ['order', 'order', 'lines', 'form'])
             order, _ = an_order(poem, rng, poets, seen if rule == 'order' else kinds)
             if rule == 'form':                      # two poems, each wrong for the order of the other
                 other = rng.choice(members)
                 if other.form != poem.form:
-                    yield pair(order, poem.text, other.text, side, rule)
-                    yield pair(an_order(other, rng, poets, kinds)[0], other.text, poem.text, side, rule)
+                    texts = [with_rhyme(judge, one.lines, one.text) for one in (poem, other)]
+                    yield pair(order, *texts, side, rule)
+                    yield pair(an_order(other, rng, poets, kinds)[0], *texts[::-1], side, rule)
                 continue
             for _ in range(50):
                 other = rng.choice(of_form[poem.form])
-                rejected = couplets(broken(rule, poem.lines, other.lines, rng))
+                rejected = couplets(broken(rule, poem.lines, other.lines, endings, rng))
+                rejected = with_rhyme(judge, (other if rule == 'order' else poem).lines, rejected)
                 marks = judge.marks(rejected, order)
                 if {name for name in ('order', 'rhyme', 'tones') if not marks[name]} == FAILS[rule]:
-                    yield pair(order, poem.text, rejected, side, rule)
+                    yield pair(order, with_rhyme(judge, poem.lines, poem.text), rejected, side, rule)
                     break
 
 
@@ -280,18 +313,38 @@ def make(folder, everything=False, sha256=SHA256):
           if tuple(map(len, poem.lines)) == judge.tunes.get(tune)]
     counts = Counter(poem.author for poem in regular + ci if poem.split == 'train')
     poets = {name for name in counts if counts[name] >= 100} - {'不详', '佚名', '无名氏'}
-    for name, records in dict(poems=texts(shi if everything else regular),
-                              poems_sft=conversations(regular, poets, ORDERS),
+    for name, records in dict(poems=texts(shi if everything else regular, judge),
+                              poems_sft=conversations(regular, poets, judge, ORDERS),
                               poems_dpo=pairs(regular, poets, judge),
-                              ci_sft=conversations(ci, poets, CI_ORDERS)).items():
+                              ci_sft=conversations(ci, poets, judge, CI_ORDERS)).items():
         with writing(os.path.join(folder, f'{name}.jsonl')) as f:
             f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
     with writing(os.path.join(folder, 'poems_cls.csv')) as f:
         csv.writer(f).writerows([['label', 'text'], *labelled(found)])
+    for name, side, n in ('orders', 'val', 200), ('practice', 'train', 1000):
+        rng = random.Random(1337)
+        orders = [an_order(poem, rng, poets, ORDERS)[0] for poem in regular if poem.split == side]
+        with writing(os.path.join(folder, f'poems_{name}.txt')) as f:
+            f.writelines(order + '\n' for order in orders[::max(1, len(orders) // n)][:n])
     with writing(os.path.join(folder, 'poems_form.json')) as f:
         json.dump(known, f, ensure_ascii=False)
     print(f"ci of {len(judge.tunes)} tunes\n")
     print_marks(judge, limits([poem.lines for poem in regular if poem.split == 'val']))
+
+
+def make_own(folder, path):
+    """Write pairs of a model's own poems, from a file of samples, beside the held-out pairs of real ones."""
+    judge, answers = load_judge(folder)[0], defaultdict(list)
+    for _, order, text in samples_of(path):
+        answers[order].append(text)
+    own = list(own_pairs(answers.items(), judge))
+    if not own:
+        fail(f"{path}: no order has both a poem that keeps all rules and one that does not; sample more")
+    with open(os.path.join(folder, 'poems_dpo.jsonl'), encoding='utf-8') as f:
+        held_out = [record for record in map(json.loads, f) if record['split'] == 'val']
+    with writing(os.path.join(folder, 'poems_own.jsonl')) as f:
+        f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in own + held_out)
+    print(f"{len(own):,} pairs from {len(answers):,} orders")
 
 
 if __name__ == '__main__':
@@ -300,12 +353,16 @@ if __name__ == '__main__':
         match sys.argv[1:]:
             case [] | ['--all']:
                 make(RAW, everything=len(sys.argv) > 1)
-            case [argument] if argument.startswith('--judge='):
+            case [argument] if argument.startswith(('--judge=', '--pairs=')):
                 if not os.path.isfile(os.path.join(RAW, 'poems_form.json')):
                     fail(f"the judge's tables are not in {RAW}: run `python data/poems.py` first")
-                judge, held_out = load_judge(RAW)
-                print_marks(judge, [*limits(held_out), *samples_of(argument[8:])])
+                option, _, path = argument.partition('=')
+                if option == '--pairs':
+                    make_own(RAW, path)
+                else:
+                    judge, held_out = load_judge(RAW)
+                    print_marks(judge, [*limits(held_out), *samples_of(path)])
             case arguments:
-                fail(f"{' '.join(arguments)}: give nothing, or --all, or --judge=FILE")
+                fail(f"{' '.join(arguments)}: give nothing, or --all, or --judge=FILE, or --pairs=FILE")
     except (OSError, ValueError) as e:
         fail(str(e))

@@ -54,8 +54,8 @@ def read_order(text):
 # ---- text <-> lines ----
 
 def lines_of(text):
-    """The lines of verse in a text, without punctuation. Rows that have none, a title and a name, are left
-    out where others have it."""
+    """The lines of verse in a text, without punctuation. Rows that have none, a title, a name or a rhyme, are
+    left out where others have it."""
     rows = text.replace('、', '').split('\n')               # a pause within a line of a ci
     rows = [row for row in rows if re.search('[，。？！；]', row)] or rows
     return tuple(line for row in rows for line in re.split('[，。？！；：]', row.strip()) if line)
@@ -83,24 +83,28 @@ class Judge:
     """Marks the form of poems. It knows
 
     tone        {character: 0 level (平) or 1 oblique (仄)}; what may be both is missing, and fits everywhere
-    rhymes      {character: the numbers of its rhyme classes}
+    rhymes      {character: the numbers of its rhyme classes};  classes  their characters, frequent ones first
     tunes       {tune of a ci: the lengths of its lines}
     known       the lines of training poems, to count what is copied
     """
 
     def __init__(self, tables, known=()):
         self.tone = {c: i for i, name in enumerate(('level', 'oblique')) for c in tables[name]}
-        self.rhymes = defaultdict(set)
-        for number, characters in enumerate(tables['rhymes']):
+        self.classes, self.rhymes = tables['rhymes'], defaultdict(set)
+        for number, characters in enumerate(self.classes):
             for c in characters:
                 self.rhymes[c].add(number)
         self.tunes = {tune: tuple(lengths) for tune, lengths in tables['tunes'].items()}
         self.known = set(known)
 
+    def rhyme_class(self, lines):
+        """The number of the class in which the even lines rhyme; None if they do not."""
+        return min(set.intersection(*(self.rhymes[line[-1]] for line in lines[1::2])), default=None)
+
     def rhyme(self, lines):
         """Whether the even lines end in different characters of one rhyme class."""
         ends = [line[-1] for line in lines[1::2]]
-        return len(set(ends)) == len(ends) and bool(set.intersection(*(self.rhymes[c] for c in ends)))
+        return len(set(ends)) == len(ends) and self.rhyme_class(lines) is not None
 
     def line_tones(self, line):
         """Whether the second, fourth and sixth characters take turns, level and oblique. A line that ends
@@ -219,18 +223,24 @@ COLUMNS = dict(form='in form', order='as ordered', rhyme='rhymes', line_tones='l
                tones='regulated', copied='lines copied')
 
 
-def print_marks(judge, samples):
-    """Print for each name among the samples, (name, order, text), the share that has each mark."""
+def shares(judge, samples):
+    """{name: (number of poems, {mark: share that has it})} of samples, (name, order, text)."""
     rows = defaultdict(list)
     for name, order, text in samples:
         rows[name].append(judge.marks(text, order))
-    print(f"{'':20} {'poems':>6}", *(f"{column:>13}" for column in COLUMNS.values()))
+    result = {}
     for name, row in rows.items():
-        print(f"{name:20} {len(row):6,}", end='')
-        for mark in COLUMNS:
-            found = [marks[mark] for marks in row if mark in marks]
-            print(f"{sum(found) / len(found):14.1%}" if found else f"{'-':>14}", end='')
-        print()
+        found = {mark: [marks[mark] for marks in row if mark in marks] for mark in COLUMNS}
+        result[name] = len(row), {mark: sum(values) / len(values) for mark, values in found.items() if values}
+    return result
+
+
+def print_marks(judge, samples):
+    """Print the shares of samples as a table."""
+    print(f"{'':20} {'poems':>6}", *(f"{column:>13}" for column in COLUMNS.values()))
+    for name, (n, marks) in shares(judge, samples).items():
+        print(f"{name:20} {n:6,}", *(f"{marks[mark] if mark in marks else '-':>13{'.1%' * (mark in marks)}}"
+                                     for mark in COLUMNS))
 
 
 def limits(poems):
@@ -252,11 +262,14 @@ def limits(poems):
 
 def samples_of(path):
     """Yield (name, order, text) of a file: report.json of a stage, records as poems.py writes them, or text
-    as sample.py prints it, with a row of dashes or an empty one between poems. ValueError: it is none."""
+    as sample.py prints it, with a row of dashes or an empty one between poems, each perhaps below its order.
+    ValueError: it is none."""
     with open(path, encoding='utf-8') as f:
         content, found = f.read(), []
     if not path.endswith(('.json', '.jsonl')):
-        found = [('text', '', part) for part in re.split(r'-{40}\n|\n\s*\n', content) if part.strip()]
+        for part in filter(str.strip, re.split(r'-{40}\n|\n\s*\n', content)):
+            first, _, rest = part.strip().partition('\n')
+            found.append(('text', first, rest) if rest and read_order(first) else ('text', '', part))
     else:
         try:
             rows = json.loads(content) if path.endswith('.json') else map(json.loads, content.splitlines())

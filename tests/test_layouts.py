@@ -602,7 +602,7 @@ def test_a_conversation_with_thoughts_is_what_the_template_renders(with_template
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(typed))
     model = torch.nn.Linear(1, 1)
     model.config = type('Config', (), dict(context=4096, trained_length=0))
-    sample.converse(model, tokenizer, 'Keep it.', True, 50)
+    sample.converse(model, tokenizer, 'Keep it.', True, 1, 50)
     half = SAID[name][:16].removeprefix('<think>').strip()
     history = [say('system', 'Keep it.'), say('user', 'Who?'),
                say('assistant', 'The keeper.', reasoning_content='The rules.'), say('user', 'And?'),
@@ -616,7 +616,7 @@ def test_a_conversation_with_thoughts_is_what_the_template_renders(with_template
 def test_thinking_without_a_place_for_thoughts_is_refused(with_template, capsys):
     tokenizer, _ = with_template('default', DEFAULT)
     with pytest.raises(SystemExit, match='2'):
-        sample.converse(torch.nn.Linear(1, 1), tokenizer, '', True, 50)
+        sample.converse(torch.nn.Linear(1, 1), tokenizer, '', True, 1, 50)
     assert '--thinking: the chat template of this model has no place for thoughts' in capsys.readouterr().err
 
 

@@ -307,7 +307,7 @@ def test_what_is_missing_or_damaged_is_one_line(
     for name, option, words in [
             ('prepare', '--dataset=poems_sft', missing),
             ('data/poems', '--judge=a.json', ['run `python data/poems.py` first']),
-            ('data/poems', '--al', ['--al: give nothing, or --all, or --judge=FILE'])]:
+            ('data/poems', '--al', ['--al: give nothing, or --all, or --judge=FILE, or --pairs=FILE'])]:
         options = [option, f'--tokenizer={tokenizer_folder}'] if name == 'prepare' else [option]
         line = script(tmp_path / f'{name}.py', *options, code=2, process=True).stderr
         assert all(word in line for word in words), line

@@ -1,0 +1,95 @@
+"""
+The road of the poems as a page: what each stage wrote to the same orders, marked by the judge of form.
+
+    python data/poems_page.py out/poems         # reads samples.txt of each run in it -> out/poems/page.html
+
+samples.txt is what sample.py prints, poems or orders with their poems. `bash tests/road.sh poems` makes them.
+"""
+import html
+import os
+import sys
+
+from poems import RAW, fail
+from poetry_form import COLUMNS, limits, load_judge, samples_of, shares
+
+WORDS = dict(form='合体裁', order='合要求', rhyme='押韵', line_tones='句合平仄', tones='全诗合律',
+             copied='抄句')
+COLOURS = '#c8c2b4 #7a9e9f #c0703c #8c3b2e #51688c #6b8e4e #9a6fa0 #3d3d3d'.split()
+STYLE = """body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; background: #faf7f0; color: #222;
+  font: 16px/1.7 'Songti SC', 'Noto Serif CJK SC', SimSun, serif } h1, h2 { font-weight: normal }
+table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: right; font-weight: normal }
+th:first-child, td:first-child { text-align: left } tr:first-child { border-bottom: 1px solid #999 }
+.poems { display: flex; flex-wrap: wrap; gap: .8rem } .poems > div { background: #fff; padding: .6rem 1rem;
+  border: 1px solid #e4ddcc; white-space: pre-line } small { color: #777; font-size: .75rem }
+.yes { color: #4a7a3a } .no { color: #b04030 }"""
+
+
+def picture(table):
+    """Bars of the shares as SVG: a group for each mark, in it a bar for each row of the table."""
+    bars, step = [], 760 // len(WORDS)
+    width = (step - 24) // len(table)
+    for i, (mark, word) in enumerate(WORDS.items()):
+        for j, (_, marks) in enumerate(table.values()):
+            height = 160 * marks.get(mark, 0)
+            bars.append(f'<rect x="{i * step + j * width}" y="{180 - height:.1f}" width="{width - 1}" '
+                        f'height="{height:.1f}" fill="{COLOURS[j % len(COLOURS)]}"/>')
+        bars.append(f'<text x="{i * step}" y="198" font-size="13">{word}</text>')
+    for j, name in enumerate(table):
+        bars.append(f'<text x="{j * 95}" y="12" font-size="13" fill="{COLOURS[j % len(COLOURS)]}">'
+                    f'■ {html.escape(name)}</text>')
+    return f'<svg viewBox="0 0 780 204">{"".join(bars)}</svg>'
+
+
+def poem_box(judge, name, order, text):
+    """One poem with its marks."""
+    marks = judge.marks(text, order)
+    shown = ' '.join(f'<span class="{"yes" if marks[mark] else "no"}">{WORDS[mark]}</span>'
+                     for mark in ('form', 'order', 'rhyme', 'tones') if mark in marks)
+    return f'<div><small>{html.escape(name)} {shown}</small>\n{html.escape(text.strip())}</div>'
+
+
+def page(judge, real, stages, n=10):
+    """HTML. real: held-out poems as lines; stages: {name: [(order, text), ...]}, an order perhaps ''.
+
+    Of each stage without orders the first n poems, then the first n orders with the poems of every stage."""
+    samples = [('真诗', order, text) for name, order, text in limits(real) if name.startswith('real')]
+    samples += [(name, order, text) for name, found in stages.items() for order, text in found]
+    table, parts = shares(judge, samples), []
+    rows = [['', '首数', *(f'{WORDS[mark]}<br><small>{COLUMNS[mark]}</small>' for mark in WORDS)]]
+    for name, (count, marks) in table.items():
+        row = [f'{marks[mark]:.1%}' if mark in marks else '–' for mark in WORDS]
+        rows.append([html.escape(name), f'{count:,}', *row])
+    for name, found in stages.items():
+        if not found[0][0]:
+            boxes = ''.join(poem_box(judge, '', *one) for one in found[:n])
+            parts.append(f'<h2>{html.escape(name)}</h2><div class="poems">{boxes}</div>')
+    ordered = {name: found for name, found in stages.items() if found[0][0]}
+    for order in list(dict.fromkeys(order for found in ordered.values() for order, _ in found))[:n]:
+        boxes = ''.join(poem_box(judge, name, order, dict(reversed(found))[order])
+                        for name, found in ordered.items() if order in dict(found))
+        parts.append(f'<h2>{html.escape(order)}</h2><div class="poems">{boxes}</div>')
+    cells = ''.join('<tr>' + ''.join(f'<{tag}>{cell}</{tag}>' for cell in row) + '</tr>'
+                    for tag, row in zip(['th', *['td'] * len(rows)], rows))
+    return (f'<!doctype html><html lang="zh"><meta charset="utf-8"><title>诗</title><style>{STYLE}</style>'
+            f'<h1>从零开始学写诗</h1><table>{cells}</table>{picture(table)}{"".join(parts)}</html>\n')
+
+
+if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')
+    if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
+        fail("give the folder of the runs, as in `python data/poems_page.py out/poems`")
+    folder = sys.argv[1]
+    try:
+        judge, held_out = load_judge(RAW)
+        found = [os.path.join(folder, name, 'samples.txt') for name in os.listdir(folder)]
+        found = sorted(filter(os.path.isfile, found), key=os.path.getmtime)
+        if not found:
+            fail(f"{folder} holds no run with a samples.txt: `bash tests/road.sh poems` makes them")
+        stages = {os.path.basename(os.path.dirname(path)): [sample[1:] for sample in samples_of(path)]
+                  for path in found}
+        path = os.path.join(folder, 'page.html')
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(page(judge, held_out, stages))
+    except (OSError, ValueError) as e:
+        fail(str(e))
+    print(f"wrote {path}")
