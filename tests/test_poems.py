@@ -113,18 +113,54 @@ def test_the_sets_are_written_the_same_in_each_run(make, raw):
     for path in raw.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes()
     built_in = {file[4:] for _, file, command in BUILT_IN.values() if command == 'data/poems.py'}
-    assert {path.name for path in raw.iterdir()} == {poems_py.ARCHIVE, 'poems_form.json', *built_in}
+    assert {path.name for path in raw.iterdir()} == {
+        poems_py.ARCHIVE, 'poems_form.json', 'poems_orders.txt', 'poems_practice.txt', *built_in}
 
 
-def test_texts_are_title_author_and_simplified_lines_of_regular_form(make, raw):
-    texts = [record['text'] for record in records(raw, 'poems')]
+def poems_of(folder):
+    """The texts for pretraining, less the book of rhymes."""
+    return [text for record in records(folder, 'poems') for text in [record['text']] if text[0] == '《']
+
+
+def test_texts_are_title_author_rhyme_and_simplified_lines_of_regular_form(make, raw):
+    texts = poems_of(raw)
     assert len(texts) == 700 and not any('雲' in text or '□' in text for text in texts)
-    title, author, *rows, end = texts[0].split('\n')
+    title, author, rhyme, *rows, end = texts[0].split('\n')
     assert title in ('《春夜 其一》', '《山行 其一》') and author in ('甲生', '乙生') and end == ''
+    characters, = (characters for characters in RHYMES if rhyme[-1] in characters)
+    assert rhyme[:2] == '韵：' and {row[-2] for row in rows} <= set(characters)
     assert all(len(row) in (12, 16) and row[len(row) // 2 - 1] + row[-1] == '，。' for row in rows)
-    everything = [record['text'] for record in records(make(everything=True), 'poems')]
+    everything = poems_of(make(everything=True))
     assert set(texts) < set(everything) and any(text.startswith('《句》\n') for text in everything)
     assert len(everything) == 700 + 500 + 2        # a fragment; the same poem twice; a version of it
+
+
+def test_the_book_of_rhymes_is_for_training_and_each_row_of_it_is_one_class(raw):
+    rows = [record for record in records(raw, 'poems') if record['text'][0] != '《']
+    assert 70 < len(rows) < 130 and {record['split'] for record in rows} == {'train'}
+    for record in rows:
+        name, row, _ = record['text'].split('\n')
+        characters, = (characters for characters in RHYMES if name[-1] in characters)
+        assert name[:2] == '韵：' and sorted(row) == sorted(characters)
+
+
+def test_answers_open_with_the_rhyme_that_their_poem_keeps(raw):
+    for order, answer in [said(record['conversations']) for record in records(raw, 'poems_sft')]:
+        if 'line' in form_py.read_order(order):
+            assert '\n' not in answer
+        else:
+            first, *rows = answer.split('\n')
+            characters, = (characters for characters in RHYMES if first[-1] in characters)
+            assert first[:2] == '韵：' and {row[-2] for row in rows} <= set(characters)
+
+
+def test_a_pair_for_rhyme_differs_in_one_character_behind_the_same_one(raw):
+    pairs = [(said(record['chosen'])[1], said(record['rejected'])[1]) for record in records(raw, 'poems_dpo')
+             if record['label'] == 'rhyme']
+    for chosen, rejected in pairs:
+        (at,) = (i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b)
+        assert chosen[at + 1] == '。'
+    assert len(pairs) > 50
 
 
 def test_no_line_of_a_held_out_poem_is_in_the_training_sets(make):
@@ -285,6 +321,23 @@ def test_a_file_of_samples_is_judged_beside_ceiling_and_floor(raw, script, tmp_p
     assert shares['report.json', 'answer'][:3] == ['2', '50.0%', '50.0%']
     assert shares['texts.jsonl', 'text'][:3] == ['1', '100.0%', '-']
     assert shares['samples.txt', 'text'][:2] == ['3', '66.7%']
+
+
+def test_samples_below_their_orders_become_pairs_beside_the_held_out_ones(raw, script, tmp_path):
+    copy = tmp_path / 'data'
+    shutil.copytree(raw, copy / 'raw')
+    for name in ('poems', 'poetry_form'):
+        shutil.copy(ROOT / 'data' / f'{name}.py', copy)
+    good = next(said(record['chosen']) for record in records(raw, 'poems_dpo') if record['split'] == 'val')
+    bad = good[1][:-3]
+    blocks = [f'{good[0]}\n{text}\n{"-" * 40}\n' for text in (good[1], bad)]
+    (tmp_path / 'own.txt').write_text(''.join(blocks))
+    assert '1 pairs from 1 orders' in script(copy / 'poems.py', '--pairs=own.txt').stdout
+    own, *held_out = records(copy / 'raw', 'poems_own')
+    assert said(own['chosen']) == good and said(own['rejected']) == [good[0], bad]
+    assert held_out == [record for record in records(raw, 'poems_dpo') if record['split'] == 'val']
+    (tmp_path / 'own.txt').write_text(blocks[0])
+    assert 'sample more' in script(copy / 'poems.py', '--pairs=own.txt', code=2).stderr
 
 
 @pytest.mark.parametrize('name, content', [
