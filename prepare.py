@@ -47,9 +47,10 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+from configurator import HERE, Progress, between, configure, fail, fits, make_folder, one_of, read_json
+
 import numpy as np
 
-from configurator import HERE, Progress, between, configure, fail, fits, make_folder, one_of, read_json
 from train_tokenizer import (Tokenizer, as_json, encode_chat, encode_pair, load_tokenizer, print_mask,
                              text_parts, train_lookup, unpacked)
 
