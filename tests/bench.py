@@ -13,6 +13,7 @@ decoding the copy of a large block, as each token reads all weights. Weights are
 BENCH.md holds results with their hardware, and what was tried and did not pay.
 """
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -20,6 +21,7 @@ import os
 import pickle
 import platform
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,7 @@ import sysconfig
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -38,16 +41,18 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import start_run  # noqa: E402  (the line above makes it importable)
+import sample  # noqa: E402  (the line above makes it importable)
+from configurator import start_run  # noqa: E402
 from dpo import answer_log_probs, batch_at, dpo_loss  # noqa: E402
 from prepare import read_pieces, read_split, write_data  # noqa: E402
 from pretrain import flops_per_token, make_optimizers, new_model  # noqa: E402
-from sample import evaluating, generate  # noqa: E402
 from sft import Rows, learnable  # noqa: E402
 from train_tokenizer import Tokenizer, train_bpe  # noqa: E402
 
 PEERS = dict(nanogpt='', minimind='')       # their folders, where given
+PYDOC = runpy.run_path(ROOT / 'data' / 'pydoc.py')                          # text that is at hand everywhere
 GPT = dict(kind='gpt2', n_layer=6, n_head=6, n_embd=384, bias=False)
+GPT2_SMALL = dict(GPT, n_layer=12, n_head=12, n_embd=768)                           # 124 million parameters
 MINIMIND = dict(kind='minimind', n_layer=8, n_head=8, n_kv_head=2, n_embd=512)      # 26 million parameters
 MIXTURE = dict(MINIMIND, use_moe=True, num_experts=4, num_experts_per_tok=2)
 
@@ -108,8 +113,9 @@ def peer_model(folder, ours):
     sys.modules['peer'] = peer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(peer)
     if gpt2:
-        return peer.GPT(take(peer.GPTConfig, 'vocab_size n_layer n_head n_embd bias', dropout=0.0,
-                             block_size=ours.config.context))
+        with redirect_stdout(sys.stderr):                                   # it counts its parameters
+            return peer.GPT(take(peer.GPTConfig, 'vocab_size n_layer n_head n_embd bias', dropout=0.0,
+                                 block_size=ours.config.context))
     return peer.MiniMindForCausalLM(take(
         peer.MiniMindConfig, 'vocab_size hidden_size num_hidden_layers num_attention_heads '
         'num_key_value_heads intermediate_size use_moe num_experts num_experts_per_tok '
@@ -143,7 +149,8 @@ def our_step(model, x, y, optimizer='adamw', segments=None):
 
 def peer_step(model, x, y, dtype='float32'):
     if hasattr(model, 'configure_optimizers'):                              # nanoGPT's
-        optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'cpu')
+        with redirect_stdout(sys.stderr):
+            optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'cpu')
         return Step(model, lambda: model(x, y)[1], [optimizer], dtype)
 
     def loss():
@@ -199,8 +206,7 @@ def moe(rows=4, length=512, rounds=3, dense=MINIMIND, mixture=MIXTURE):
         show("mixture of 4 experts, 2 a token", times['ours'], times[peer], peer)
 
 
-def memory(rows=8, length=1024, vocab_size=50304,
-           gpt=dict(GPT, n_layer=12, n_head=12, n_embd=768)):       # noqa: B006  (GPT-2's 124M; it is only read)
+def memory(rows=8, length=1024, vocab_size=50304, gpt=GPT2_SMALL):
     """The most memory that a process holds which takes two steps: the optimizer's too, therefore."""
     peaks = {}
     for name, folder in dict(ours='', nanogpt=PEERS['nanogpt']).items():
@@ -228,8 +234,7 @@ def peak_of(folder, rows, length, vocab_size, gpt):
 
 def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND):
     """Tokens per second of one stream and of 16 rows, and the first token after a long prompt."""
-    model = our_model(vocab_size=6400, block_size=prompt + new, **mini)
-    peers = {}
+    model, peers = our_model(vocab_size=6400, block_size=prompt + new, **mini).eval(), {}
     if importlib.util.find_spec('transformers'):
         from transformers import AutoModelForCausalLM
         with tempfile.TemporaryDirectory() as folder:
@@ -238,29 +243,26 @@ def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND):
     if minimind := PEERS['minimind']:
         peers['minimind'] = peer_model(minimind, model)
     size = sum(p.numel() for p in model.parameters())
-    for dtype in (torch.float32, torch.bfloat16):
-        model.to(dtype)
-        for peer in peers.values():
-            peer.to(dtype).eval()
+    for kind, width in dict(float32=4, bfloat16=2, int8=1).items():
+        if kind == 'int8' and not hasattr(sample, 'in_int8'):
+            continue
+        dtype = getattr(torch, kind) if width > 1 else torch.bfloat16       # which the peers take
+        ours = model.to(dtype) if width > 1 else sample.in_int8(model)
         for rows, length, n in ((1, 16, new), (16, 16, new), (1, prompt, 1)):
             x = torch.randint(3, 6400, (rows, length))
-
-            def ours(x=x, n=n):
-                with evaluating(model):
-                    for _ in generate(model, x, n, temperature=0):
-                        pass
-            calls = dict(ours=ours)
+            calls = dict(ours=lambda ours=ours, x=x, n=n: list(sample.generate(ours, x, n, temperature=0)))
             for name, peer in peers.items():
                 how = dict(eos_token_id=None) if name == 'minimind' else dict(min_new_tokens=n)
-                calls[name] = lambda peer=peer, x=x, n=n, how=how: peer.generate(
-                    x, attention_mask=torch.ones_like(x), max_new_tokens=n, do_sample=False, **how)
+                calls[name] = functools.partial(
+                    peer.to(dtype).eval().generate, x, attention_mask=torch.ones_like(x), max_new_tokens=n,
+                    do_sample=False, **how)
             times = pairs(rounds, calls)
-            what = f"{str(dtype)[6:]}, " + (f"{rows} rows" if n > 1 else f"first token after {length:,}")
-            reading = 2 * size * length / matmul_rate(dtype)
-            limit = reading if n == 1 else n * size * dtype.itemsize / copy_rate()
+            what = f"{kind}, {rows} rows" if n > 1 else f"{kind}, first token after {length:,}"
+            limit = 2 * size * length / matmul_rate(dtype) if n == 1 else n * size * width / copy_rate()
             amount = dict(amount=rows * n, unit='tokens/s') if n > 1 else {}
             for name in list(peers) or ['']:
-                show(what, times['ours'], times.get(name, ()), name, limit=limit, **amount)
+                show(what, times['ours'], times.get(name, ()), f"{name} {str(dtype)[6:]}", limit=limit,
+                     **amount)
 
 
 def loss(steps=500, characters=1_100_000, nanogpt_steps=2000):
@@ -271,7 +273,7 @@ def loss(steps=500, characters=1_100_000, nanogpt_steps=2000):
         write_characters(folder, characters)
         script('prepare.py', f'--input={folder}', f'--dataset={folder}/prepared')
         script('pretrain.py', *shape, f'--dataset={folder}/prepared', f'--out_dir={folder}/run',
-               f'--max_iters={steps}', '--eval_interval=25')
+               f'--max_iters={steps}', '--eval_interval=50')
         with open(f'{folder}/run/metrics.jsonl') as f:
             lines = [json.loads(line) for line in f]
         logged = [line for line in lines if 'tokens' in line]
@@ -283,8 +285,8 @@ def loss(steps=500, characters=1_100_000, nanogpt_steps=2000):
             text = script('train.py', 'config/train_shakespeare_char.py', *shape, '--device=cpu',
                           '--compile=False', f'--dataset={folder}', f'--out_dir={folder}/nanogpt',
                           f'--max_iters={nanogpt_steps}', f'--lr_decay_iters={nanogpt_steps}',
-                          f'--eval_interval={nanogpt_steps}',
-                          '--log_interval=1', '--dropout=0.0', cwd=PEERS['nanogpt'])
+                          f'--eval_interval={nanogpt_steps}', '--log_interval=1', '--dropout=0.0',
+                          cwd=PEERS['nanogpt'])
             times = re.findall(r'^iter .* time ([\d.]+)ms', text, re.M)[1:-1]    # at both ends it evaluates
             peer, goal = sum(map(float, times)) / 1000, float(re.findall(r'val loss ([\d.]+)', text)[-1])
             at = next((step for step, value in losses.items() if value <= goal), steps)
@@ -299,22 +301,14 @@ def script(name, *arguments, cwd=ROOT):
     done = subprocess.run([sys.executable, os.path.join(cwd, name), *arguments], cwd=cwd, capture_output=True,
                           text=True)
     if done.returncode:
-        sys.exit(f"{name} {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}")
+        sys.exit(f"{name} ended with {done.returncode}:\n{done.stderr}")
     return done.stdout
-
-
-def pydoc():
-    """The module data/pydoc.py, by its path: the standard library has a module pydoc, too."""
-    spec = importlib.util.spec_from_file_location('data_pydoc', ROOT / 'data' / 'pydoc.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_characters(folder, count):
     """The standard library's docstrings as nanoGPT keeps characters: input.txt, its bins, and meta.pkl."""
-    text = ''.join(f"{title}\n{doc}\n\n" for title, doc in pydoc().docstrings(sysconfig.get_path('stdlib'))
-                   if doc.isascii())[:count]
+    docs = PYDOC['docstrings'](sysconfig.get_path('stdlib'))
+    text = ''.join(f"{title}\n{doc}\n\n" for title, doc in docs if doc.isascii())[:count]
     Path(folder, 'input.txt').write_text(text)
     stoi = {character: i for i, character in enumerate(sorted(set(text)))}
     ids = np.array([stoi[character] for character in text], dtype=np.uint16)
@@ -327,12 +321,11 @@ def write_characters(folder, count):
 
 def prepared(folder, kind):
     """The training split of a set of data/pydoc.py, with a tokenizer of its own."""
-    data = pydoc()
-    docs = list(data.docstrings(sysconfig.get_path('stdlib')))
-    make = dict(pydoc=data.texts, pydoc_sft=data.conversations, pydoc_dpo=data.pairs)
+    docs = list(PYDOC['docstrings'](sysconfig.get_path('stdlib')))
+    make = dict(pydoc=PYDOC['texts'], pydoc_sft=PYDOC['conversations'], pydoc_dpo=PYDOC['pairs'])
     with open(file := f'{folder}/{kind}.jsonl', 'w', encoding='utf-8') as f:
         f.writelines(json.dumps(record) + '\n' for record in make[kind](docs))
-    tokenizer = Tokenizer(train_bpe((record['text'] for record in data.texts(docs)), 6400))
+    tokenizer = Tokenizer(train_bpe((record['text'] for record in PYDOC['texts'](docs)), 6400))
     tokenizer.save(f'{folder}/tokenizer')
     task = kind[6:] or 'pretrain'
     write_data(f'{folder}/data', tokenizer, read_pieces(file, task), file, task)

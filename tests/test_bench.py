@@ -22,10 +22,8 @@ TINY = dict(
 
 @pytest.mark.parametrize('row', bench.ROWS)
 def test_a_row_is_lines_of_figures(row, capsys, monkeypatch):
-    data = bench.pydoc()
-    docs = [*itertools.islice(data.docstrings(sysconfig.get_path('stdlib')), 2000)]
-    monkeypatch.setattr(data, 'docstrings', lambda root: docs)
-    monkeypatch.setattr(bench, 'pydoc', lambda: data)
+    docs = [*itertools.islice(bench.PYDOC['docstrings'](sysconfig.get_path('stdlib')), 2000)]
+    monkeypatch.setitem(bench.PYDOC, 'docstrings', lambda root: docs)
     monkeypatch.setattr(bench, 'copy_rate', lambda: 1e9)
     monkeypatch.setattr(bench, 'matmul_rate', lambda dtype: 1e9)
     bench.ROWS[row](**TINY[row])
