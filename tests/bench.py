@@ -13,6 +13,7 @@ decoding the copy of a large block, as each token reads all weights. Weights are
 BENCH.md holds results with their hardware, and what was tried and did not pay.
 """
 import argparse
+import copy
 import functools
 import importlib.util
 import itertools
@@ -79,7 +80,7 @@ def show(what, ours, peer=(), name='', amount=0, unit='ms', limit=0):
             amount / t if amount else 1000 * t for t in (min(times), statistics.median(times))), unit)
     beside = f"{name} {text(peer)}" if peer else ''
     ratio = f"{min(peer) / min(ours):.2f} x" if peer else ''
-    print(f"{what:46} {text(ours):24} {beside:48} {ratio:8}" + (f"{limit / min(ours):.0%}" if limit else ''),
+    print(f"{what:49} {text(ours):24} {beside:48} {ratio:8}" + (f"{limit / min(ours):.0%}" if limit else ''),
           flush=True)
 
 
@@ -215,7 +216,7 @@ def memory(rows=8, length=1024, vocab_size=50304, gpt=GPT2_SMALL):
                 peaks[name] = pool.submit(peak_of, folder, rows, length, vocab_size, gpt).result()
     line = f"GPT {gpt['n_layer']} x {gpt['n_embd']}, {rows} rows x {length}"
     beside = f"   {peaks['ours'] / peaks['nanogpt']:.2f} of nanogpt's" if len(peaks) > 1 else ''
-    print(f"{line:46} {', '.join(f'{name} {peak:.2f} GiB' for name, peak in peaks.items())}{beside}",
+    print(f"{line:49} {', '.join(f'{name} {peak:.2f} GiB' for name, peak in peaks.items())}{beside}",
           flush=True)
 
 
@@ -244,10 +245,11 @@ def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND):
         peers['minimind'] = peer_model(minimind, model)
     size = sum(p.numel() for p in model.parameters())
     for kind, width in dict(float32=4, bfloat16=2, int8=1).items():
-        if kind == 'int8' and not hasattr(sample, 'in_int8'):
+        if kind == 'int8' and not hasattr(sample, 'for_decoding'):
             continue
-        dtype = getattr(torch, kind) if width > 1 else torch.bfloat16       # which the peers take
-        ours = model.to(dtype) if width > 1 else sample.in_int8(model)
+        dtype = getattr(torch, kind) if kind != 'int8' else torch.bfloat16      # which the peers take
+        make = getattr(sample, 'for_decoding', lambda model, dtype, int8: model.to(dtype))
+        ours = make(copy.deepcopy(model), dtype, kind == 'int8')
         for rows, length, n in ((1, 16, new), (16, 16, new), (1, prompt, 1)):
             x = torch.randint(3, 6400, (rows, length))
             calls = dict(ours=lambda ours=ours, x=x, n=n: list(sample.generate(ours, x, n, temperature=0)))
@@ -293,7 +295,7 @@ def loss(steps=500, characters=1_100_000, nanogpt_steps=2000):
             ratio = f"{peer / (at * seconds):.2f} x" if losses[at] <= goal else "not reached"
             beside = f"   nanogpt {peer:.1f} s, {goal:.4f}   {ratio}"
         line = "held-out loss, 4 x 128, characters"
-        print(f"{line:46} {at * seconds:.1f} s, {losses[at]:.4f}, step {at:,}{beside}", flush=True)
+        print(f"{line:49} {at * seconds:.1f} s, {losses[at]:.4f}, step {at:,}{beside}", flush=True)
 
 
 def script(name, *arguments, cwd=ROOT):
