@@ -76,8 +76,8 @@ def show(what, ours, peer=(), name='', amount=0, unit='ms', limit=0):
     """Print one line. ours, peer: seconds; what is shown is milliseconds, or the amount per second. limit:
     the least seconds that the machine would take."""
     def text(times):
-        return '{:,.4g} ({:,.4g}) {}'.format(*(
-            amount / t if amount else 1000 * t for t in (min(times), statistics.median(times))), unit)
+        least, median = (amount / t if amount else 1000 * t for t in (min(times), statistics.median(times)))
+        return f"{least:,.0f} ({median:,.0f}) {unit}"
     beside = f"{name} {text(peer)}" if peer else ''
     ratio = f"{min(peer) / min(ours):.2f} x" if peer else ''
     print(f"{what:49} {text(ours):24} {beside:48} {ratio:8}" + (f"{limit / min(ours):.0%}" if limit else ''),
