@@ -31,11 +31,8 @@ import sys
 import time
 import traceback
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields
-
-import torch
-import torch.distributed as dist
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CHECKPOINTS = ('ckpt.pt', 'ckpt_previous.pt')           # of a run: the last one, and the one before it
@@ -141,41 +138,9 @@ def configure(settings, only=None, **rules):
     rules     what the script's own settings may be: at_least(0), between(0, 1), one_of('a', 'b')
     With init_from='resume' the settings of the interrupted run stand in for the defaults.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):        # what a terminal's encoding lacks is shown as \u....
-        sys.stdout.reconfigure(errors='backslashreplace')
-    keys = [k for k, v in settings.items()
-            if k.islower() and k[0] != '_' and type(v) in (bool, int, float, str)]
-    trains = 'max_iters' in keys
-    if trains:
-        settings.update({key: default for key, (default, _) in LOOP.items()})
-        keys += LOOP
-    sys.excepthook = functools.partial(last_words, keys)
-    if {'-h', '--help'} & set(sys.argv[1:]):
-        print_help(settings, keys)
-        sys.exit(0)
-    rules, given, places, arguments, base = {**RULES, **rules}, {}, {}, sys.argv[1:], {}
-
-    def give(key, value, where):
-        if key not in keys and key in IDLE:
-            tell(f"{where}: {key} changes nothing here: {IDLE[key]}")
-            return
-        if key == 'from_weight' and given.get('init_from') == 'resume':
-            return                                      # MiniMind resumes, whatever the weights
-        for name, own in ({key: value} if key in keys else in_our_words(key, value, where)).items():
-            given[name], places[name] = in_full(name, check(settings, keys, rules, name, own, where)), where
-
-    while arguments:
-        arg = arguments.pop(0)
-        if arg.startswith('--'):
-            key, equals, text = arg[2:].partition('=')
-            if not equals and arguments and not re.search(r'^(--|$)|\.py$', arguments[0]):
-                arg, equals, text = f'{arg}={arguments[0]}', '=', arguments.pop(0)      # --key value
-            give(key, parse(text, settings.get(NAMES.get(key, key))) if equals else True, arg)
-        else:
-            found = read_config_file(arg)
-            base = base or nanogpt_defaults(arg, found, keys)
-            for key, (value, where) in found.items():
-                give(key, anchored(value), where)
+    keys = open_script(settings)
+    rules = {**RULES, **rules}
+    given, places, base = read_arguments(settings, keys, rules)
     settings.update({key: check(settings, keys, rules, key, *place) for key, place in base.items()})
     if places.get('max_iters', '').startswith('--'):        # typed, it counts, whatever a file or a run says
         if places.get('epochs', '').startswith('--') and given['epochs']:
@@ -183,7 +148,7 @@ def configure(settings, only=None, **rules):
         given['epochs'] = 0.0
     for key in keys:
         settings[key] = given.get(key, anchored(settings[key]))
-    trains = trains and all(given.get(key, False) is False for key in INSTEAD)
+    trains = 'max_iters' in keys and all(given.get(key, False) is False for key in INSTEAD)
     if trains and not base:
         settings.update(gentle_rates(settings, keys, given))
     if settings.get('init_from') == 'resume' or is_restarted(settings, keys):
@@ -207,6 +172,51 @@ def configure(settings, only=None, **rules):
     if 'batch_size' in keys and rows < (ranks := int(os.environ.get('WORLD_SIZE', 1))):
         fail(f"batch_size x gradient_accumulation_steps = {rows} rows, but {ranks} ranks want one each")
     return {key: settings[key] for key in keys}
+
+
+def open_script(settings):
+    """The names of a script's settings, LOOP's among them. From here on it ends with last words; --help ends
+    it at once."""
+    if isinstance(sys.stdout, io.TextIOWrapper):        # what a terminal's encoding lacks is shown as \u....
+        sys.stdout.reconfigure(errors='backslashreplace')
+    keys = [k for k, v in settings.items()
+            if k.islower() and k[0] != '_' and type(v) in (bool, int, float, str)]
+    if 'max_iters' in keys:
+        settings.update({key: default for key, (default, _) in LOOP.items()})
+        keys += LOOP
+    sys.excepthook = functools.partial(last_words, keys)
+    if {'-h', '--help'} & set(sys.argv[1:]):
+        print_help(settings, keys)
+        sys.exit(0)
+    return keys
+
+
+def read_arguments(settings, keys, rules):
+    """What config files and the command line say: {name: value}, {name: where}, and nanogpt_defaults."""
+    given, places, arguments, base = {}, {}, sys.argv[1:], {}
+
+    def give(key, value, where):
+        if key not in keys and key in IDLE:
+            tell(f"{where}: {key} changes nothing here: {IDLE[key]}")
+            return
+        if key == 'from_weight' and given.get('init_from') == 'resume':
+            return                                      # MiniMind resumes, whatever the weights
+        for name, own in ({key: value} if key in keys else in_our_words(key, value, where)).items():
+            given[name], places[name] = in_full(name, check(settings, keys, rules, name, own, where)), where
+
+    while arguments:
+        arg = arguments.pop(0)
+        if arg.startswith('--'):
+            key, equals, text = arg[2:].partition('=')
+            if not equals and arguments and not re.search(r'^(--|$)|\.py$', arguments[0]):
+                arg, equals, text = f'{arg}={arguments[0]}', '=', arguments.pop(0)      # --key value
+            give(key, parse(text, settings.get(NAMES.get(key, key))) if equals else True, arg)
+        else:
+            found = read_config_file(arg)
+            base = base or nanogpt_defaults(arg, found, keys)
+            for key, (value, where) in found.items():
+                give(key, anchored(value), where)
+    return given, places, base
 
 
 def tell(line, file=None):
@@ -389,7 +399,7 @@ def last_words(keys, kind, error, trace):
     if issubclass(kind, BrokenPipeError):
         os._exit(141)
     try:
-        if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        if issubclass(kind, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
             lower = ' or '.join(f'--{key}' for key in MEMORY if key in keys)
             fail(f"out of memory: lower {lower or 'what is read at once'}", code=1)
         if issubclass(kind, OSError) and error.errno in DISK:
@@ -402,6 +412,35 @@ def last_words(keys, kind, error, trace):
 MEMORY = ('batch_size', 'block_size', 'num_samples', 'max_new_tokens')         # settings that cost memory
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
+
+# ---- the script that runs, before torch, which takes a second to load ----
+
+def settings_in(path):
+    """The settings of a stage as its source has them, without running it; {} of a file that is none, or that
+    computes one."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            tree = ast.parse(source := f.read())
+        settings = dict(__file__=path, __doc__=ast.get_docstring(tree, clean=False))
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If)):       # here its block has ended
+                break
+            if isinstance(node, ast.Assign) and node.targets[0].id.islower():
+                settings[node.targets[0].id] = ast.literal_eval(node.value)
+    except (OSError, ValueError, SyntaxError, AttributeError):
+        return {}
+    return settings if re.search(r'\bconfigure\(\s*globals\(\)', source) else {}
+
+
+# A script imports this file first: what it says of its settings, and what is wrong with the command line, is
+# then told before torch. `configure` reads all again, with the rules of the stage, and tells what it takes.
+if script := settings_in(getattr(sys.modules['__main__'], '__file__', '')):
+    its_keys = open_script(script)
+    with redirect_stdout(io.StringIO()):
+        read_arguments(script, its_keys, RULES)
+
+import torch                                            # noqa: E402
+import torch.distributed as dist                        # noqa: E402
 
 # ---- device and ranks ----
 

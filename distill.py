@@ -18,12 +18,13 @@ import os
 from shlex import quote
 import re
 
+from configurator import at_least, between, configure, fail, start_run
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from configurator import at_least, between, configure, fail, start_run
 from prepare import data_folder, open_data
 from pretrain import Training, check_shape, new_model
 from sample import answers, load_run, load_start, parse_given

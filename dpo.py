@@ -22,12 +22,13 @@ import math
 import os
 from shlex import quote
 
+from configurator import above, configure, fail, fingerprint, load_checkpoint, replacing, start_run
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from configurator import above, configure, fail, fingerprint, load_checkpoint, replacing, start_run
 from prepare import Progress, data_folder, open_data, read_split
 from pretrain import Training, read_rows, to_device
 from sample import evaluating, given_by, load_run, model_of, parse_given

@@ -20,12 +20,13 @@ import os
 import sys
 from shlex import quote
 
+from configurator import configure, fail, load_checkpoint, one_of, start_run
+
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import configure, fail, load_checkpoint, one_of, start_run
 from prepare import TASKS, Piece, Split, open_data, whole_text
 from pretrain import Training, read_rows, to_device
 from sample import evaluating, load_start, model_of

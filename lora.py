@@ -22,12 +22,13 @@ import re
 import sys
 from shlex import quote
 
+from configurator import (above, at_least, check_weights, configure, fail, fingerprint, load_checkpoint,
+                          make_folder, read_json, read_weights, refuse_model, save_checkpoint, start_run)
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import (above, at_least, check_weights, configure, fail, fingerprint, load_checkpoint,
-                          make_folder, read_json, read_weights, refuse_model, save_checkpoint, start_run)
 from model_gpt2 import OFFICIAL
 from prepare import open_data
 from pretrain import Training

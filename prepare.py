@@ -47,9 +47,10 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+from configurator import HERE, Progress, between, configure, fail, fits, make_folder, one_of, read_json
+
 import numpy as np
 
-from configurator import HERE, Progress, between, configure, fail, fits, make_folder, one_of, read_json
 from train_tokenizer import (Tokenizer, as_json, encode_chat, encode_pair, load_tokenizer, print_mask,
                              text_parts, train_lookup, unpacked)
 
@@ -708,7 +709,7 @@ def write_data(folder, tokenizer, pieces, source, task='pretrain'):
         if piece:
             batch.append(piece)
             size += len(plain_text(piece.content))
-        if size > 1 << 20 or not piece:             # a megabyte at once is enough to keep all cores busy
+        if batch and (size > 1 << 20 or not piece):     # a megabyte at once keeps all cores busy
             for of, ids, mask in TASKS[task][1](tokenizer, batch):
                 if of.split not in writers:
                     writers[of.split] = SplitWriter(os.path.join(partial, of.split), dtype)

@@ -27,12 +27,13 @@ import sys
 import time
 from shlex import quote
 
+from configurator import (MetricsLog, at_least, check_weights, clock, configure, fail, make_folder, one_of,
+                          restore_rng, save_checkpoint, start_run)
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import (MetricsLog, at_least, check_weights, clock, configure, fail, make_folder, one_of,
-                          restore_rng, save_checkpoint, start_run)
 from prepare import data_folder, open_data
 from sample import MODELS, answers, evaluating, load_start
 from train_tokenizer import load_tokenizer

@@ -30,11 +30,12 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
-import torch
-
 from configurator import (at_least, bare_weights, between, build_model, check_weights, configure, draw, fail,
                           fingerprint, load_checkpoint, make_folder, one_of, parse, read_file, read_json,
                           refuse_model, replacing, start_run, tell)
+
+import torch
+
 from model_gpt2 import GPT2, OFFICIAL, TRANSPOSED, GPT2Config
 from model_minimind import EXPERT_KEYS, MiniMind, MiniMindConfig, rope_table
 from train_tokenizer import encode_chat, gguf_words, load_tokenizer
@@ -288,8 +289,9 @@ def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0, g
         elif os.path.isfile(os.path.join(source, 'adapter_config.json')):
             fail(f"{source} holds adapters alone: `python lora.py --from_peft={source} --init_from=BASE`")
         else:
-            if not os.path.exists(source) and (near := difflib.get_close_matches(source, OFFICIAL, n=1)):
-                fail(f"{source} is neither a folder nor a model by name; did you mean {near[0]!r}?")
+            if not os.path.exists(source) and difflib.get_close_matches(source, OFFICIAL):
+                fail(f"{source} is neither a folder nor a model by name, which are {', '.join(OFFICIAL)}: "
+                     f"{OFFICIAL[0]} is the small one")
             checkpoint, tokenizer = load_checkpoint(source), load_tokenizer(source)
             if tokenizer.fingerprint != checkpoint['tokenizer']:
                 fail(f"{source} holds another tokenizer than its model was trained with")

@@ -27,10 +27,11 @@ import os
 import sys
 from shlex import quote
 
+from configurator import configure, fail, start_run
+
 import numpy as np
 import torch
 
-from configurator import configure, fail, start_run
 from prepare import data_folder, open_data, print_mask
 from pretrain import Training, mean_loss
 from sample import answers, load_start

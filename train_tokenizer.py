@@ -24,12 +24,12 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from configurator import (HERE, at_least, between, configure, fail, make_folder, one_of, read_json,
+                          refuse_model, replacing)
+
 import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-
-from configurator import (HERE, at_least, between, configure, fail, make_folder, one_of, read_json,
-                          refuse_model, replacing)
 
 out_dir = 'out/tokenizer'   # where tokenizer.json and tokenizer_config.json go
 input = ''                  # a file or folder, as prepare.py takes it; '' is the built-in pydoc

@@ -346,3 +346,9 @@ def test_data_of_another_task_is_refused(tmp_path, tokenizer, capsys):
     with pytest.raises(SystemExit):
         read_meta(folder, 'cls')
     assert "prepared for the task 'sft', not 'cls'" in capsys.readouterr().err
+
+
+def test_a_last_document_that_fills_the_batch_is_all(tmp_path, byte_tokenizer):
+    pieces = [Piece('val', 'a b'), Piece('train', 'a b ' * (1 << 18))]
+    meta = write_data(tmp_path / 'data', byte_tokenizer, pieces, 'text')
+    assert [meta[split]['documents'] for split in ('train', 'val')] == [1, 1]

@@ -231,7 +231,7 @@ def test_a_full_context_is_said(script, hf):
     (['--start=', '--lines'], 'no line with text'),
     (['--start=a\nb', '--lines', '--show_probs'], 'one prompt'),
     (['--init_from=nowhere'], 'no checkpoint nowhere'),
-    (['--init_from=gpt2-mediun'], "did you mean 'gpt2-medium'"),
+    (['--init_from=gpt2-mediun'], 'by name, which are gpt2, gpt2-medium,'),
     (['--device=meta'], "device='meta' does not work"),
 ])
 def test_a_mistake_is_one_line(script, hf, args, words):

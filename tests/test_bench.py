@@ -1,0 +1,31 @@
+"""bench.py: each row, at a size that takes a second. What it measures is not looked at, only that it does."""
+import itertools
+import re
+import sysconfig
+
+import bench
+import pytest
+
+GPT = dict(bench.GPT, n_layer=1, n_head=2, n_embd=32)
+MINI, MIXTURE = (dict(sizes, n_layer=1, n_head=2, n_embd=32) for sizes in (bench.MINIMIND, bench.MIXTURE))
+TINY = dict(
+    train=dict(rows=(2, 2), length=(16, 16), rounds=1, gpt=GPT, mini=MINI),
+    moe=dict(rows=2, length=16, rounds=1, dense=MINI, mixture=MIXTURE),
+    memory=dict(rows=1, length=16, vocab_size=64, gpt=GPT),
+    decode=dict(prompt=20, new=2, rounds=1, mini=MINI),
+    loss=dict(steps=2, characters=10_000),
+    sft=dict(rows=2, length=64, rounds=1, mini=MINI),
+    dpo=dict(count=2, length=64, rounds=1, mini=MINI),
+    prepare=dict(size=2_000_000, rounds=1),
+    start=dict(rounds=1))
+
+
+@pytest.mark.parametrize('row', bench.ROWS)
+def test_a_row_is_lines_of_figures(row, capsys, monkeypatch):
+    docs = [*itertools.islice(bench.PYDOC['docstrings'](sysconfig.get_path('stdlib')), 2000)]
+    monkeypatch.setitem(bench.PYDOC, 'docstrings', lambda root: docs)
+    monkeypatch.setattr(bench, 'copy_rate', lambda: 1e9)
+    monkeypatch.setattr(bench, 'matmul_rate', lambda dtype: 1e9)
+    bench.ROWS[row](**TINY[row])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(re.search(r' (ms|tokens/s|MB/s|GiB|s)\b', line) for line in lines), lines
