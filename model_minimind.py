@@ -401,13 +401,52 @@ def positions_and_mask(tokens, cache, segments, context):
     return (positions - first).clamp(min=0), (itself | before & seen)[:, None]
 
 
-def mean_loss(logits, targets):
-    """Mean negative log-likelihood, in nats, of targets (B, T) under logits (B, T, V); -100 is ignored, and
-    with nothing else it is 0 (chapter II-7). In float32, but a piece at a time: a copy of all logits would be
-    the largest tensor of the step, and on a CPU fresh memory for it takes longer than the sum itself."""
-    total = sum(F.cross_entropy(piece.float(), target, ignore_index=-100, reduction='sum')
-                for piece, target in zip(logits.flatten(0, 1).chunk(8), targets.flatten().chunk(8)))
+def plain_loss(logits, targets):
+    """Mean negative log-likelihood, in nats, of targets (B, T) under logits (B, T, V), in float32; -100 is
+    ignored, and with nothing else it is 0 (chapter II-7)."""
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='sum')
     return total / (targets != -100).sum().clamp(min=1)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The sum in plain_loss, from the rows (N, C) that the head is given and its weight (V, C). Logits would
+    be the largest tensor of a step: they exist for 1,024 rows at a time, and what becomes of them on the way
+    back, softmax - one-hot, is made beside them at once. The gradient of the weight is a sum in float32."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, targets, dtype, train):
+        into_rows, into_weight = (torch.zeros_like(tensor) if train and needed else None
+                                  for tensor, needed in zip((rows, weight), ctx.needs_input_grad))
+        weight, total = weight.to(dtype), weight.new_zeros((), dtype=torch.float32)
+        for i in range(0, len(rows), 1024):
+            piece, own = rows[i:i + 1024].to(dtype), targets[i:i + 1024, None]         # (n, C), (n, 1)
+            counted, own = own != -100, own.clamp(min=0)
+            log_p = F.linear(piece, weight).float().log_softmax(-1)                    # (n, V)
+            total = total - (log_p.gather(1, own) * counted).sum()
+            if into_rows is None and into_weight is None:
+                continue
+            slope = log_p.exp_().scatter_add_(1, own, -counted.float()).to(dtype)       # (n, V)
+            if into_rows is not None:
+                into_rows[i:i + 1024] = slope @ weight * counted
+            if into_weight is not None:
+                into_weight += slope.mT @ (piece * counted)
+        ctx.save_for_backward(into_rows, into_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, slope):
+        return *(gradient if gradient is None else gradient.mul_(slope) for gradient in ctx.saved_tensors), None, None, None
+
+
+def head_loss(x, weight, targets):
+    """plain_loss of the logits x @ weight.T, x (B, T, C): of the tokens that are targets alone, unless
+    compiled, as that needs shapes that depend on no data."""
+    device, rows, targets = x.device.type, x.flatten(0, 1), targets.flatten()
+    n = (targets != -100).sum()
+    if not torch.compiler.is_compiling():
+        rows, targets = rows[targets != -100], targets[targets != -100]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return HeadLoss.apply(rows, weight, targets, dtype, torch.is_grad_enabled()) / n.clamp(min=1)
 
 
 class MiniMind(nn.Module):
@@ -442,9 +481,9 @@ class MiniMind(nn.Module):
         segments  (B, T) int64, the document of each token in a packed row, ascending: attention stays inside
                   it and positions start anew in each, as if every document had a row of its own
         head      False: return what the output head would be given, (B, T, C), in place of logits
-        returns   logits (B, T, V); loss, the mean negative log-likelihood in nats over targets, or None
+        returns   logits (B, T, V), None in training with targets, where they never exist as a whole; loss,
+                  the mean negative log-likelihood in nats over targets, or None
         """
-        assert head or targets is None, "there is no loss without the head"
         positions, allowed = positions_and_mask(tokens, cache, segments, self.config.context)
         cos, sin = self.rope[:, positions].unsqueeze(2)                                # (B, 1, T, D) each
         x = self.model.dropout(self.model.embed_tokens(tokens))                        # (B, T) -> (B, T, C)
@@ -453,8 +492,10 @@ class MiniMind(nn.Module):
         x = self.model.norm(x)
         if cache is not None:
             cache.length += tokens.size(1)
-        logits = self.lm_head(x) if head else x                                        # (B, T, V)
-        return logits, None if targets is None else mean_loss(logits, targets)
+        loss = None if targets is None else head_loss(x, self.lm_head.weight, targets)
+        if self.training and loss is not None:
+            return None, loss
+        return self.lm_head(x) if head else x, loss                                    # (B, T, V)
 
     def auxiliary_loss(self, counted):
         """The load-balancing losses of all layers in the last forward, over the tokens where counted (B, T)
