@@ -9,7 +9,8 @@ Parameter names are MiniMind's own, which are also Llama's and Qwen3's. From con
 functions that read, check and write files of weights.
 
     model = MiniMind(MiniMindConfig())                    # MiniMind's default: 25,829,888 parameters
-    logits, loss = model(tokens, targets)                 # (B, T) -> (B, T, V) and a scalar
+    logits, _ = model(tokens)                             # (B, T) -> (B, T, V)
+    _, loss = model(tokens, targets)                      # a scalar; in training it has no logits
     cache = model.make_cache(batch_size=1, max_tokens=512)
     logits, _ = model(tokens, cache=cache)                # the prompt, in pieces or whole; then new tokens
     model = MiniMind.from_pretrained('full_sft_768.pth')  # MiniMind's own weights, or a Hugging Face folder
@@ -254,9 +255,12 @@ def plain_moe(mlp, x):
 
 # ---- the same, fast ----
 
-# rows of each group times the matrix of that group, in one kernel; torch 2.9 has it under its older name.
-# It is kept out of torch.compile, which traces it only in bfloat16
-grouped_mm = torch.compiler.disable(getattr(F, 'grouped_mm', None) or torch._grouped_mm)
+def grouped_mm(rows, matrices, ends):
+    """Rows of each group times the matrix of that group, in one kernel: (S, in), (E, in, out) -> (S, out)."""
+    kernel = getattr(F, 'grouped_mm', None) or torch._grouped_mm       # its older name, in torch 2.9
+    if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:
+        kernel = torch.compiler.disable(kernel)                         # it is traced only in bfloat16
+    return kernel(rows, matrices, offs=ends)
 
 
 def sort_by_expert(chosen, num_experts):
@@ -272,13 +276,12 @@ def sort_by_expert(chosen, num_experts):
     return order, torch.searchsorted(experts, numbers, right=True, out_int32=True)
 
 
-@torch.compiler.disable
 def padded_rows(ends, size):
     """How many rows each expert gets if all get the same, padding included; 0 where that does not pay.
     On a CPU grouped_mm goes from expert to expert, and products so small occupy one core. Padded to one shape
     they are one batched product. That pays while an expert's padding is less than 2^22 multiplications, as
     measured, and no more experts are read than there are visits. size: numbers in the matrix of an expert."""
-    if ends.is_cuda or torch.get_num_threads() == 1:
+    if ends.is_cuda or torch.compiler.is_compiling() or torch.get_num_threads() == 1:
         return 0
     visits, most = ends[-1].item(), ends.diff(prepend=ends.new_zeros(1)).max().item()
     return most if visits >= len(ends) and (most - visits / len(ends)) * size < 2**22 else 0
@@ -301,7 +304,7 @@ def fast_experts(x, chosen, weights, gate_up, down):
     def product(h, matrices):                                          # (S, in), (E, in, out) -> (S, out)
         if rows:
             return (h.view(E, rows, -1) @ matrices.to(dtype)).flatten(0, 1)
-        return grouped_mm(h, matrices.to(dtype), offs=ends)
+        return grouped_mm(h, matrices.to(dtype), ends)
 
     h = x.to(dtype).flatten(0, 1).repeat_interleave(k, dim=0)          # (B, T, C) -> (B T k, C)
     h = h.new_zeros(S, x.size(-1)).index_copy(0, slot, h)              # (B T k, C) -> (S, C)
@@ -409,23 +412,28 @@ def plain_loss(logits, targets):
 
 
 class HeadLoss(torch.autograd.Function):
-    """The sum in plain_loss, from the rows (N, C) that the head is given and its weight (V, C). Logits would
-    be the largest tensor of a step: they exist for 1,024 rows at a time, and what becomes of them on the way
-    back, softmax - one-hot, is made beside them at once. The gradient of the weight is a sum in float32."""
+    """The sum in plain_loss, from the rows (N, C) that the head is given and its weight (V, C). All logits at
+    once would be the largest tensor of a step: they exist for 1,024 rows at a time, and their gradient,
+    softmax - one-hot, is made in their place and used up at once, on the way forward. On a CPU new memory
+    takes longer than the sum, so pieces share theirs. The gradient of the weight is a sum in float32."""
 
     @staticmethod
     def forward(ctx, rows, weight, targets, dtype, train):
         into_rows, into_weight = (torch.zeros_like(tensor) if train and needed else None
                                   for tensor, needed in zip((rows, weight), ctx.needs_input_grad))
         weight, total = weight.to(dtype), weight.new_zeros((), dtype=torch.float32)
+        full = weight.new_empty(min(1024, len(rows)), len(weight), dtype=torch.float32)
+        half = full if dtype == torch.float32 else weight.new_empty(full.shape)
         for i in range(0, len(rows), 1024):
             piece, own = rows[i:i + 1024].to(dtype), targets[i:i + 1024, None]         # (n, C), (n, 1)
             counted, own = own != -100, own.clamp(min=0)
-            log_p = F.linear(piece, weight).float().log_softmax(-1)                    # (n, V)
-            total = total - (log_p.gather(1, own) * counted).sum()
-            if into_rows is None and into_weight is None:
-                continue
-            slope = log_p.exp_().scatter_add_(1, own, -counted.float()).to(dtype)       # (n, V)
+            logits = torch.mm(piece, weight.mT, out=half[:len(piece)])                 # (n, V)
+            x = full[:len(piece)].copy_(logits)
+            top, mine = x.amax(1, keepdim=True), x.gather(1, own)                      # (n, 1)
+            s = x.sub_(top).exp_().sum(1, keepdim=True)
+            total = total + ((top + s.log() - mine) * counted).sum()
+            if into_rows is not None or into_weight is not None:
+                slope = logits.copy_(x.div_(s).scatter_add_(1, own, -torch.ones_like(s)))
             if into_rows is not None:
                 into_rows[i:i + 1024] = slope @ weight * counted
             if into_weight is not None:
@@ -435,16 +443,19 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope):
-        return *(gradient if gradient is None else gradient.mul_(slope) for gradient in ctx.saved_tensors), None, None, None
+        rows, weight = (gradient if gradient is None else gradient.mul_(slope)
+                        for gradient in ctx.saved_tensors)
+        return rows, weight, None, None, None
 
 
 def head_loss(x, weight, targets):
-    """plain_loss of the logits x @ weight.T, x (B, T, C): of the tokens that are targets alone, unless
-    compiled, as that needs shapes that depend on no data."""
+    """plain_loss of the logits x @ weight.T, for x (B, T, C). Only tokens that are targets are given to the
+    head, unless compiled: that would need shapes that depend on the data."""
     device, rows, targets = x.device.type, x.flatten(0, 1), targets.flatten()
     n = (targets != -100).sum()
     if not torch.compiler.is_compiling():
-        rows, targets = rows[targets != -100], targets[targets != -100]
+        found = (targets != -100).nonzero()[:, 0]
+        rows, targets = rows.index_select(0, found), targets.index_select(0, found)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return HeadLoss.apply(rows, weight, targets, dtype, torch.is_grad_enabled()) / n.clamp(min=1)
 

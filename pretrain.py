@@ -31,8 +31,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import (MetricsLog, at_least, check_weights, clock, configure, fail, fast_dtype, make_folder,
-                          one_of, restore_rng, save_checkpoint, start_run)
+from configurator import (MetricsLog, at_least, check_weights, clock, configure, fail, fast_dtype,
+                          make_folder, one_of, restore_rng, save_checkpoint, start_run)
 from prepare import data_folder, open_data
 from sample import MODELS, answers, evaluating, load_start
 from train_tokenizer import load_tokenizer
@@ -372,7 +372,7 @@ POLYNOMIALS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -
 
 
 def orthogonalise(x):
-    """Pull all singular values of each matrix near 1: (N, m, n) -> (N, m, n), by products of matrices alone."""
+    """Pull all singular values of each matrix near 1, by products alone: (N, m, n) -> (N, m, n)."""
     if x.size(1) > x.size(2):
         return orthogonalise(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
