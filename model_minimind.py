@@ -255,12 +255,8 @@ def plain_moe(mlp, x):
 
 # ---- the same, fast ----
 
-def grouped_mm(rows, matrices, ends):
-    """Rows of each group times the matrix of that group, in one kernel: (S, in), (E, in, out) -> (S, out)."""
-    kernel = getattr(F, 'grouped_mm', None) or torch._grouped_mm       # its older name, in torch 2.9
-    if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:
-        kernel = torch.compiler.disable(kernel)                         # it is traced only in bfloat16
-    return kernel(rows, matrices, offs=ends)
+# rows of each group times the matrix of that group, in one kernel; torch 2.9 has it under its older name
+grouped_mm = getattr(F, 'grouped_mm', None) or torch._grouped_mm
 
 
 def sort_by_expert(chosen, num_experts):
@@ -287,12 +283,14 @@ def padded_rows(ends, size):
     return most if visits >= len(ends) and (most - visits / len(ends)) * size < 2**22 else 0
 
 
-def fast_experts(x, chosen, weights, gate_up, down):
+def fast_experts(x, chosen, weights, gate_up, down, untraced):
     """What the routed experts compute, in two products: x (B, T, C); chosen (B, T, k), the experts each token
-    visits, and their weights (B, T, k); gate_up (E, C, 2 width), down (E, width, C) -> (B, T, C)."""
+    visits, and their weights (B, T, k); gate_up (E, C, 2 width), down (E, width, C) -> (B, T, C). untraced:
+    grouped_mm, kept out of torch.compile, which traces it only in bfloat16."""
     E, k, S = len(down), chosen.size(-1), chosen.numel()
     autocast = torch.is_autocast_enabled(x.device.type)                    # it does not know grouped products
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else down.dtype
+    kernel = untraced if torch.compiler.is_compiling() and dtype != torch.bfloat16 else grouped_mm
     # each visit gets one of S slots; those of one expert stand side by side
     order, ends = sort_by_expert(chosen, E)
     slot = torch.empty_like(order).index_copy(0, order, torch.arange(S, device=x.device))
@@ -304,7 +302,7 @@ def fast_experts(x, chosen, weights, gate_up, down):
     def product(h, matrices):                                          # (S, in), (E, in, out) -> (S, out)
         if rows:
             return (h.view(E, rows, -1) @ matrices.to(dtype)).flatten(0, 1)
-        return grouped_mm(h, matrices.to(dtype), ends)
+        return kernel(h, matrices.to(dtype), offs=ends)
 
     h = x.to(dtype).flatten(0, 1).repeat_interleave(k, dim=0)          # (B, T, C) -> (B T k, C)
     h = h.new_zeros(S, x.size(-1)).index_copy(0, slot, h)              # (B T k, C) -> (S, C)
@@ -331,6 +329,7 @@ class MoEFeedForward(nn.Module):
         # (in, out) each, where nn.Linear has (out, in): their gradients come so, and need not be turned
         self.experts = nn.ParameterDict([('gate_up', torch.empty(E, C, 2 * width)),
                                          ('down', torch.empty(E, width, C))])
+        self.untraced = torch.compiler.disable(grouped_mm)          # not at import: it takes a second
         shared = range(config.n_shared_experts)
         self.shared_experts = nn.ModuleList(FeedForward(config, width) for _ in shared)
 
@@ -341,7 +340,7 @@ class MoEFeedForward(nn.Module):
         weights, chosen = p.topk(self.config.num_experts_per_tok, dim=-1)              # (B, T, k)
         if self.config.norm_topk_prob:      # with k = 1 always 1: only the auxiliary loss moves the router
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        y = fast_experts(x, chosen, weights, **self.experts)
+        y = fast_experts(x, chosen, weights, **self.experts, untraced=self.untraced)
         for expert in self.shared_experts:
             y = y + expert(x)
         self.routed = (p, chosen) if self.training else None
