@@ -215,7 +215,7 @@ def test_muon_moves_matrices_together_as_each_alone():
     assert moved.norm() == pytest.approx(moved_theirs.norm().item(), rel=0.1)
 
 
-@pytest.mark.parametrize('dtype, error', [(torch.float32, 0.27), (torch.bfloat16, 0.5)])
+@pytest.mark.parametrize('dtype, error', [(torch.float32, 0.27), (torch.bfloat16, 0.8)])
 @pytest.mark.parametrize('shape', [(2, 48, 96), (2, 96, 48), (2, 64, 64)])
 def test_muon_keeps_directions_and_makes_their_lengths_one(shape, dtype, error):
     u, s, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
