@@ -216,15 +216,16 @@ if __name__ == '__main__':
             training.evaluated(f"held-out loss {loss:.4f}", val_loss=loss)
         step_rows = rows.read(training.position, training.rows)
         for x, y, segments in training.micro_batches(step_rows, rows.batch):
-            is_target, weights, told = y != -100, tag_weights(y, tags, tag_weight), None
+            weights, told = tag_weights(y, tags, tag_weight), None
+            found = (y != -100).nonzero(as_tuple=True)      # N tokens; a GPU is waited for once, here
             with run.autocast():
-                hidden = model(x, segments=segments, head=False)[0][is_target]              # (N, C)
+                hidden = model(x, segments=segments, head=False)[0][found]                  # (N, C)
                 if guide:
                     with torch.no_grad():
-                        told = guide(x, segments=segments, head=False)[0][is_target]        # (N, C')
+                        told = guide(x, segments=segments, head=False)[0][found]            # (N, C')
                 loss, ce, kl = chunked_loss(model.lm_head, hidden, guide and guide.lm_head, told,
-                                            y[is_target], weights[is_target], alpha, temperature)
-                aux = model.auxiliary_loss(is_target) * is_target.sum()
+                                            y[found], weights[found], alpha, temperature)
+                aux = model.auxiliary_loss(y != -100) * len(hidden)
             training.backward(loss + aux, loss=loss, ce_loss=ce, kl=kl)
         training.update(tokens=rows.tokens(step_rows))
     if training.finished and report_size:

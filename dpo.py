@@ -143,13 +143,12 @@ def answer_log_probs(model, tokens, targets, length_normalised=False):
              head is the widest layer, and its softmax the largest tensor
     length_normalised  the mean instead of the sum
     """
-    is_target = targets != -100
+    rows, columns = (targets != -100).nonzero(as_tuple=True)            # a GPU is waited for once, here
     hidden, _ = model(tokens, head=False)                                                   # (B, T, C)
-    logits = model.lm_head(hidden[is_target])                                               # (N, C) -> (N, V)
-    log_probs = -F.cross_entropy(logits.float(), targets[is_target], reduction='none')      # (N,)
-    rows = is_target.nonzero()[:, 0]
+    logits = model.lm_head(hidden[rows, columns])                                           # (N, C) -> (N, V)
+    log_probs = -F.cross_entropy(logits.float(), targets[rows, columns], reduction='none')  # (N,)
     sums = log_probs.new_zeros(len(tokens)).index_add(0, rows, log_probs)                   # (N,) -> (B,)
-    return sums / is_target.sum(1) if length_normalised else sums
+    return sums / (targets != -100).sum(1) if length_normalised else sums
 
 
 # ---- the reference, and the held-out pairs ----

@@ -9,7 +9,8 @@ uses it; the formula beside it is to be read, and a test holds the two equal. Pa
 Face's. From configurator.py come only the functions that read, check and write files of weights.
 
     model = GPT2(GPT2Config())                            # GPT-2 small: 124,439,808 parameters
-    logits, loss = model(tokens, targets)                 # (B, T) -> (B, T, V) and a scalar
+    logits, _ = model(tokens)                             # (B, T) -> (B, T, V)
+    _, loss = model(tokens, targets)                      # a scalar; in training it has no logits
     cache = model.make_cache(batch_size=1, max_tokens=512)
     logits, _ = model(tokens, cache=cache)                # the prompt, in pieces or whole; then new tokens
     model = GPT2.from_pretrained('gpt2')                  # OpenAI's weights, or a Hugging Face folder
@@ -213,13 +214,60 @@ def positions_and_mask(tokens, cache, segments, context):
     return (positions - first).clamp(min=0), (itself | before & seen)[:, None]
 
 
-def mean_loss(logits, targets):
-    """Mean negative log-likelihood, in nats, of targets (B, T) under logits (B, T, V); -100 is ignored, and
-    with nothing else it is 0 (chapter I-5). In float32, but a piece at a time: a copy of all logits would be
-    the largest tensor of the step, and on a CPU fresh memory for it takes longer than the sum itself."""
-    total = sum(F.cross_entropy(piece.float(), target, ignore_index=-100, reduction='sum')
-                for piece, target in zip(logits.flatten(0, 1).chunk(8), targets.flatten().chunk(8)))
+def plain_loss(logits, targets):
+    """Mean negative log-likelihood, in nats, of targets (B, T) under logits (B, T, V), in float32; -100 is
+    ignored, and with nothing else it is 0 (chapter I-5)."""
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='sum')
     return total / (targets != -100).sum().clamp(min=1)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The sum in plain_loss, from the rows (N, C) that the head is given and its weight (V, C). All logits at
+    once would be the largest tensor of a step: they exist for 1,024 rows at a time, and their gradient,
+    softmax - one-hot, is made in their place and used up at once, on the way forward. On a CPU new memory
+    takes longer than the sum, so pieces share theirs. The gradient of the weight is a sum in float32."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, targets, dtype, train):
+        into_rows, into_weight = (torch.zeros_like(tensor) if train and needed else None
+                                  for tensor, needed in zip((rows, weight), ctx.needs_input_grad))
+        weight, total = weight.to(dtype), weight.new_zeros((), dtype=torch.float32)
+        full = weight.new_empty(min(1024, len(rows)), len(weight), dtype=torch.float32)
+        half = full if dtype == torch.float32 else weight.new_empty(full.shape)
+        for i in range(0, len(rows), 1024):
+            piece, own = rows[i:i + 1024].to(dtype), targets[i:i + 1024, None]         # (n, C), (n, 1)
+            counted, own = own != -100, own.clamp(min=0)
+            logits = torch.mm(piece, weight.mT, out=half[:len(piece)])                 # (n, V)
+            x = full[:len(piece)].copy_(logits)
+            top, mine = x.amax(1, keepdim=True), x.gather(1, own)                      # (n, 1)
+            s = x.sub_(top).exp_().sum(1, keepdim=True)
+            total = total + ((top + s.log() - mine) * counted).sum()
+            if into_rows is not None or into_weight is not None:
+                slope = logits.copy_(x.div_(s).scatter_add_(1, own, -torch.ones_like(s)))
+            if into_rows is not None:
+                into_rows[i:i + 1024] = slope @ weight * counted
+            if into_weight is not None:
+                into_weight += slope.mT @ (piece * counted)
+        ctx.save_for_backward(into_rows, into_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, slope):
+        rows, weight = (gradient if gradient is None else gradient.mul_(slope)
+                        for gradient in ctx.saved_tensors)
+        return rows, weight, None, None, None
+
+
+def head_loss(x, weight, targets):
+    """plain_loss of the logits x @ weight.T, for x (B, T, C). Only tokens that are targets are given to the
+    head, unless compiled: that would need shapes that depend on the data."""
+    device, rows, targets = x.device.type, x.flatten(0, 1), targets.flatten()
+    n = (targets != -100).sum()
+    if not torch.compiler.is_compiling():
+        found = (targets != -100).nonzero()[:, 0]
+        rows, targets = rows.index_select(0, found), targets.index_select(0, found)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return HeadLoss.apply(rows, weight, targets, dtype, torch.is_grad_enabled()) / n.clamp(min=1)
 
 
 class GPT2(nn.Module):
@@ -259,9 +307,9 @@ class GPT2(nn.Module):
         segments  (B, T) int64, the document of each token in a packed row, ascending: attention stays inside
                   it and positions start anew in each, as if every document had a row of its own
         head      False: return what the output head would be given, (B, T, C), in place of logits
-        returns   logits (B, T, V); loss, the mean negative log-likelihood in nats over targets, or None
+        returns   logits (B, T, V), None in training with targets, where they never exist as a whole; loss,
+                  the mean negative log-likelihood in nats over targets, or None
         """
-        assert head or targets is None, "there is no loss without the head"
         positions, allowed = positions_and_mask(tokens, cache, segments, self.config.context)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)             # (B, T) -> (B, T, C)
         x = self.transformer.drop(x)
@@ -270,8 +318,10 @@ class GPT2(nn.Module):
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += tokens.size(1)
-        logits = self.lm_head(x) if head else x                                        # (B, T, V)
-        return logits, None if targets is None else mean_loss(logits, targets)
+        loss = None if targets is None else head_loss(x, self.lm_head.weight, targets)
+        if self.training and loss is not None:
+            return None, loss
+        return self.lm_head(x) if head else x, loss                                    # (B, T, V)
 
     def auxiliary_loss(self, counted):
         """0.0: only a mixture of experts, as in MiniMind, has routers to balance."""

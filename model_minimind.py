@@ -9,7 +9,8 @@ Parameter names are MiniMind's own, which are also Llama's and Qwen3's. From con
 functions that read, check and write files of weights.
 
     model = MiniMind(MiniMindConfig())                    # MiniMind's default: 25,829,888 parameters
-    logits, loss = model(tokens, targets)                 # (B, T) -> (B, T, V) and a scalar
+    logits, _ = model(tokens)                             # (B, T) -> (B, T, V)
+    _, loss = model(tokens, targets)                      # a scalar; in training it has no logits
     cache = model.make_cache(batch_size=1, max_tokens=512)
     logits, _ = model(tokens, cache=cache)                # the prompt, in pieces or whole; then new tokens
     model = MiniMind.from_pretrained('full_sft_768.pth')  # MiniMind's own weights, or a Hugging Face folder
@@ -254,9 +255,8 @@ def plain_moe(mlp, x):
 
 # ---- the same, fast ----
 
-# rows of each group times the matrix of that group, in one kernel; torch 2.9 has it under its older name.
-# It is kept out of torch.compile, which traces it only in bfloat16
-grouped_mm = torch.compiler.disable(getattr(F, 'grouped_mm', None) or torch._grouped_mm)
+# rows of each group times the matrix of that group, in one kernel; torch 2.9 has it under its older name
+grouped_mm = getattr(F, 'grouped_mm', None) or torch._grouped_mm
 
 
 def sort_by_expert(chosen, num_experts):
@@ -272,24 +272,25 @@ def sort_by_expert(chosen, num_experts):
     return order, torch.searchsorted(experts, numbers, right=True, out_int32=True)
 
 
-@torch.compiler.disable
 def padded_rows(ends, size):
     """How many rows each expert gets if all get the same, padding included; 0 where that does not pay.
     On a CPU grouped_mm goes from expert to expert, and products so small occupy one core. Padded to one shape
     they are one batched product. That pays while an expert's padding is less than 2^22 multiplications, as
     measured, and no more experts are read than there are visits. size: numbers in the matrix of an expert."""
-    if ends.is_cuda or torch.get_num_threads() == 1:
+    if ends.is_cuda or torch.compiler.is_compiling() or torch.get_num_threads() == 1:
         return 0
     visits, most = ends[-1].item(), ends.diff(prepend=ends.new_zeros(1)).max().item()
     return most if visits >= len(ends) and (most - visits / len(ends)) * size < 2**22 else 0
 
 
-def fast_experts(x, chosen, weights, gate_up, down):
+def fast_experts(x, chosen, weights, gate_up, down, untraced):
     """What the routed experts compute, in two products: x (B, T, C); chosen (B, T, k), the experts each token
-    visits, and their weights (B, T, k); gate_up (E, C, 2 width), down (E, width, C) -> (B, T, C)."""
+    visits, and their weights (B, T, k); gate_up (E, C, 2 width), down (E, width, C) -> (B, T, C). untraced:
+    grouped_mm, kept out of torch.compile, which traces it only in bfloat16."""
     E, k, S = len(down), chosen.size(-1), chosen.numel()
     autocast = torch.is_autocast_enabled(x.device.type)                    # it does not know grouped products
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else down.dtype
+    kernel = untraced if torch.compiler.is_compiling() and dtype != torch.bfloat16 else grouped_mm
     # each visit gets one of S slots; those of one expert stand side by side
     order, ends = sort_by_expert(chosen, E)
     slot = torch.empty_like(order).index_copy(0, order, torch.arange(S, device=x.device))
@@ -301,7 +302,7 @@ def fast_experts(x, chosen, weights, gate_up, down):
     def product(h, matrices):                                          # (S, in), (E, in, out) -> (S, out)
         if rows:
             return (h.view(E, rows, -1) @ matrices.to(dtype)).flatten(0, 1)
-        return grouped_mm(h, matrices.to(dtype), offs=ends)
+        return kernel(h, matrices.to(dtype), offs=ends)
 
     h = x.to(dtype).flatten(0, 1).repeat_interleave(k, dim=0)          # (B, T, C) -> (B T k, C)
     h = h.new_zeros(S, x.size(-1)).index_copy(0, slot, h)              # (B T k, C) -> (S, C)
@@ -328,6 +329,7 @@ class MoEFeedForward(nn.Module):
         # (in, out) each, where nn.Linear has (out, in): their gradients come so, and need not be turned
         self.experts = nn.ParameterDict([('gate_up', torch.empty(E, C, 2 * width)),
                                          ('down', torch.empty(E, width, C))])
+        self.untraced = torch.compiler.disable(grouped_mm)          # not at import: it takes a second
         shared = range(config.n_shared_experts)
         self.shared_experts = nn.ModuleList(FeedForward(config, width) for _ in shared)
 
@@ -338,7 +340,7 @@ class MoEFeedForward(nn.Module):
         weights, chosen = p.topk(self.config.num_experts_per_tok, dim=-1)              # (B, T, k)
         if self.config.norm_topk_prob:      # with k = 1 always 1: only the auxiliary loss moves the router
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        y = fast_experts(x, chosen, weights, **self.experts)
+        y = fast_experts(x, chosen, weights, **self.experts, untraced=self.untraced)
         for expert in self.shared_experts:
             y = y + expert(x)
         self.routed = (p, chosen) if self.training else None
@@ -401,13 +403,60 @@ def positions_and_mask(tokens, cache, segments, context):
     return (positions - first).clamp(min=0), (itself | before & seen)[:, None]
 
 
-def mean_loss(logits, targets):
-    """Mean negative log-likelihood, in nats, of targets (B, T) under logits (B, T, V); -100 is ignored, and
-    with nothing else it is 0 (chapter II-7). In float32, but a piece at a time: a copy of all logits would be
-    the largest tensor of the step, and on a CPU fresh memory for it takes longer than the sum itself."""
-    total = sum(F.cross_entropy(piece.float(), target, ignore_index=-100, reduction='sum')
-                for piece, target in zip(logits.flatten(0, 1).chunk(8), targets.flatten().chunk(8)))
+def plain_loss(logits, targets):
+    """Mean negative log-likelihood, in nats, of targets (B, T) under logits (B, T, V), in float32; -100 is
+    ignored, and with nothing else it is 0 (chapter II-7)."""
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='sum')
     return total / (targets != -100).sum().clamp(min=1)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The sum in plain_loss, from the rows (N, C) that the head is given and its weight (V, C). All logits at
+    once would be the largest tensor of a step: they exist for 1,024 rows at a time, and their gradient,
+    softmax - one-hot, is made in their place and used up at once, on the way forward. On a CPU new memory
+    takes longer than the sum, so pieces share theirs. The gradient of the weight is a sum in float32."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, targets, dtype, train):
+        into_rows, into_weight = (torch.zeros_like(tensor) if train and needed else None
+                                  for tensor, needed in zip((rows, weight), ctx.needs_input_grad))
+        weight, total = weight.to(dtype), weight.new_zeros((), dtype=torch.float32)
+        full = weight.new_empty(min(1024, len(rows)), len(weight), dtype=torch.float32)
+        half = full if dtype == torch.float32 else weight.new_empty(full.shape)
+        for i in range(0, len(rows), 1024):
+            piece, own = rows[i:i + 1024].to(dtype), targets[i:i + 1024, None]         # (n, C), (n, 1)
+            counted, own = own != -100, own.clamp(min=0)
+            logits = torch.mm(piece, weight.mT, out=half[:len(piece)])                 # (n, V)
+            x = full[:len(piece)].copy_(logits)
+            top, mine = x.amax(1, keepdim=True), x.gather(1, own)                      # (n, 1)
+            s = x.sub_(top).exp_().sum(1, keepdim=True)
+            total = total + ((top + s.log() - mine) * counted).sum()
+            if into_rows is not None or into_weight is not None:
+                slope = logits.copy_(x.div_(s).scatter_add_(1, own, -torch.ones_like(s)))
+            if into_rows is not None:
+                into_rows[i:i + 1024] = slope @ weight * counted
+            if into_weight is not None:
+                into_weight += slope.mT @ (piece * counted)
+        ctx.save_for_backward(into_rows, into_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, slope):
+        rows, weight = (gradient if gradient is None else gradient.mul_(slope)
+                        for gradient in ctx.saved_tensors)
+        return rows, weight, None, None, None
+
+
+def head_loss(x, weight, targets):
+    """plain_loss of the logits x @ weight.T, for x (B, T, C). Only tokens that are targets are given to the
+    head, unless compiled: that would need shapes that depend on the data."""
+    device, rows, targets = x.device.type, x.flatten(0, 1), targets.flatten()
+    n = (targets != -100).sum()
+    if not torch.compiler.is_compiling():
+        found = (targets != -100).nonzero()[:, 0]
+        rows, targets = rows.index_select(0, found), targets.index_select(0, found)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return HeadLoss.apply(rows, weight, targets, dtype, torch.is_grad_enabled()) / n.clamp(min=1)
 
 
 class MiniMind(nn.Module):
@@ -442,9 +491,9 @@ class MiniMind(nn.Module):
         segments  (B, T) int64, the document of each token in a packed row, ascending: attention stays inside
                   it and positions start anew in each, as if every document had a row of its own
         head      False: return what the output head would be given, (B, T, C), in place of logits
-        returns   logits (B, T, V); loss, the mean negative log-likelihood in nats over targets, or None
+        returns   logits (B, T, V), None in training with targets, where they never exist as a whole; loss,
+                  the mean negative log-likelihood in nats over targets, or None
         """
-        assert head or targets is None, "there is no loss without the head"
         positions, allowed = positions_and_mask(tokens, cache, segments, self.config.context)
         cos, sin = self.rope[:, positions].unsqueeze(2)                                # (B, 1, T, D) each
         x = self.model.dropout(self.model.embed_tokens(tokens))                        # (B, T) -> (B, T, C)
@@ -453,8 +502,10 @@ class MiniMind(nn.Module):
         x = self.model.norm(x)
         if cache is not None:
             cache.length += tokens.size(1)
-        logits = self.lm_head(x) if head else x                                        # (B, T, V)
-        return logits, None if targets is None else mean_loss(logits, targets)
+        loss = None if targets is None else head_loss(x, self.lm_head.weight, targets)
+        if self.training and loss is not None:
+            return None, loss
+        return self.lm_head(x) if head else x, loss                                    # (B, T, V)
 
     def auxiliary_loss(self, counted):
         """The load-balancing losses of all layers in the last forward, over the tokens where counted (B, T)

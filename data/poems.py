@@ -321,9 +321,10 @@ def make(folder, everything=False, sha256=SHA256):
             f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
     with writing(os.path.join(folder, 'poems_cls.csv')) as f:
         csv.writer(f).writerows([['label', 'text'], *labelled(found)])
-    for name, side, n in ('orders', 'val', 200), ('practice', 'train', 1000):
+    practice = {kind: wordings for kind, wordings in ORDERS.items() if kind != 'next'}
+    for name, side, n, kinds in ('orders', 'val', 200, ORDERS), ('practice', 'train', 500, practice):
         rng = random.Random(1337)
-        orders = [an_order(poem, rng, poets, ORDERS)[0] for poem in regular if poem.split == side]
+        orders = [an_order(poem, rng, poets, kinds)[0] for poem in regular if poem.split == side]
         with writing(os.path.join(folder, f'poems_{name}.txt')) as f:
             f.writelines(order + '\n' for order in orders[::max(1, len(orders) // n)][:n])
     with writing(os.path.join(folder, 'poems_form.json')) as f:
