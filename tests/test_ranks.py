@@ -1,0 +1,97 @@
+"""Several ranks: a model shared out over them (parallel='fsdp') trains as on one, and so does one on several
+machines; of a block only the input is kept (activation_checkpointing)."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TEXT
+from test_training import metrics, weights
+
+from prepare import Piece, write_data
+
+SMALL = ['--block_size=48', '--max_iters=4', '--eval_interval=2', '--log_interval=1', '--device=cpu',
+         '--dtype=float32', '--warmup_iters=0', '--learning_rate=1e-3']
+# to start ranks takes longer than such a run: all runs of a test share them
+RANKS = """
+import json, runpy, sys
+import torch.distributed as dist
+start, end = dist.init_process_group, dist.destroy_process_group
+dist.init_process_group = lambda backend: dist.is_initialized() or start(backend)
+dist.destroy_process_group = lambda: None
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = arguments
+    try:
+        runpy.run_path(arguments[0], run_name='__main__')
+    except SystemExit as done:
+        assert not done.code, arguments
+end()
+"""
+
+
+@pytest.fixture
+def on_ranks(script, tmp_path):
+    """on_ranks(2, ['pretrain.py', ...], ...) runs scripts one after another on two ranks."""
+    def run(ranks, *runs):
+        (tmp_path / 'ranks.py').write_text(RANKS)
+        runs = json.dumps([[str(ROOT / name), *map(str, rest)] for name, *rest in runs])
+        return script(tmp_path / 'ranks.py', runs, torchrun=ranks, env={'PYTHONPATH': str(ROOT)})
+    return run
+
+
+@pytest.fixture
+def sets(tmp_path, tokenizer, byte_tokenizer):
+    """sets(task) is --dataset=... of a small data set; of 'gpt2' that for pretraining, of bytes."""
+    def make(task):
+        contents = [f'{i}. {line}' for i, line in enumerate(8 * TEXT.splitlines())]
+        chats = [(dict(role='user', content=f'Say {i}.'), dict(role='assistant', content='One ' + 'more ' * (i % 7)))
+                 for i in range(24)]
+        pieces = dict(
+            pretrain=[Piece('train', text) for text in contents], gpt2=[Piece('train', text) for text in contents],
+            sft=[Piece('train', (chat,)) for chat in chats],
+            dpo=[Piece('train', (chat, dict(role='assistant', content='None.'))) for chat in chats],
+            cls=[Piece('train', text, label='ab'[i % 2]) for i, text in enumerate(contents)])[task]
+        pieces += [piece._replace(split=split) for split in ('val', 'test') for piece in pieces[:6]]
+        folder = tmp_path / f'{task}_data'
+        write_data(str(folder), byte_tokenizer if task == 'gpt2' else tokenizer, pieces, task,
+                   'pretrain' if task == 'gpt2' else task)
+        return f'--dataset={folder}'
+    return make
+
+
+def alike(folder, one, other, name='model', atol=1e-5):
+    """The losses of two runs and their weights are the same but for rounding."""
+    losses = [{line['step']: line['loss'] for line in metrics(folder / run) if 'loss' in line} for run in (one, other)]
+    held = [[line['val_loss'] for line in metrics(folder / run) if 'val_loss' in line] for run in (one, other)]
+    assert len(losses[0]) >= 4 and losses[0] == pytest.approx(losses[1], abs=atol)
+    assert held[0] == pytest.approx(held[1], abs=atol)
+    first, second = (torch.load(folder / run / 'ckpt.pt', weights_only=True) for run in (one, other))
+    assert first[name].keys() == second[name].keys()
+    for key, value in first[name].items():
+        torch.testing.assert_close(second[name][key], value, atol=atol, rtol=0, msg=key)
+    assert [o['state'].keys() for o in first['optimizers']] == [o['state'].keys() for o in second['optimizers']]
+
+
+def test_shared_out_it_trains_as_on_one_rank(script, on_ranks, sets, tiny_run, tmp_path):
+    """Each stage, with each optimizer where it has both: two ranks of one row are one of two."""
+    start, gpt2 = f'--init_from={tiny_run("minimind")}', f'--init_from={tiny_run("gpt2")}'
+    shape = ['--n_layer=2', '--n_head=2', '--n_kv_head=1', '--n_embd=32', '--eval_iters=3', '--prompt=The']
+    sft = [sets('sft'), '--eval_iters=3', '--report_size=2', '--max_new_tokens=4']
+    runs = dict(
+        adamw=['pretrain.py', *shape, sets('pretrain'), '--optimizer=adamw'],
+        muon=['pretrain.py', *shape, sets('pretrain'), '--activation_checkpointing'],
+        experts=['pretrain.py', *shape, sets('pretrain'), '--use_moe', '--num_experts=3'],
+        gpt2=['pretrain.py', gpt2, sets('gpt2'), '--eval_iters=3', '--prompt=The', '--optimizer=muon'],
+        sft=['sft.py', start, *sft, '--optimizer=muon'],
+        distill=['distill.py', f'--teacher={tiny_run("minimind")}', *shape[:4], *sft],
+        lora=['lora.py', start, *sft],
+        dpo=['dpo.py', start, sets('dpo'), '--eval_iters=3'],
+        cls=['finetune_cls.py', start, sets('cls'), '--trainable=last', '--dropout=0'])
+    one = ['--batch_size=4', *SMALL]
+    two = ['--batch_size=1', '--gradient_accumulation_steps=4', '--parallel=fsdp', *SMALL]
+    for name, (stage, *rest) in runs.items():
+        script(stage, *rest, *one, f'--out_dir={name}/one')
+    on_ranks(2, *([*run, *two, f'--out_dir={name}/two'] for name, run in runs.items()))
+    for name in runs:
+        alike(tmp_path / name, 'one', 'two', dict(lora='adapters', cls='last').get(name, 'model'))
+    script('sample.py', '--out_dir=muon/two', '--max_new_tokens=3')
