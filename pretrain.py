@@ -25,6 +25,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import ExitStack, nullcontext
 from shlex import quote
 
 import numpy as np
@@ -167,7 +168,8 @@ class Training:
         steps = f"{self.last * self.rows / rows:.1f} epochs in {self.last:,} steps"
         steps += f" (by epochs={config['epochs']})" if config['epochs'] else ""
         self.say(f"{size:,} parameters{part}; {what}: {'eval_only' if config['eval_only'] else steps} on "
-                 f"{run.world_size} x {run.device.type} in {str(run.dtype)[6:]}")
+                 f"{run.world_size} x {run.device.type} in {str(run.dtype)[6:]}"
+                 f"{', weights and moments shared out (fsdp)' if self.sharded else ''}")
 
     def rate(self, step):
         """The learning rate of a step."""
@@ -401,7 +403,8 @@ def spread_over_ranks(run, config, model):
     """Give all ranks the weights of rank 0, or under fsdp a share of each (FSDP2; ZeRO-3, Rajbhandari et al.
     2020). Returns the modules whose weights are then gathered together, a block each, and the rest."""
     for block in blocks(model) if config['activation_checkpointing'] else ():
-        block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+        moe = dict(context_fn=functools.partial(contexts, block.mlp)) if model.config.use_moe else {}
+        block.forward = functools.partial(recompute, block.forward, use_reentrant=False, **moe)
     if run.world_size > 1:
         for tensor in model.state_dict().values():          # every rank drew its own
             dist.broadcast(tensor, 0)
@@ -410,6 +413,14 @@ def spread_over_ranks(run, config, model):
     from torch.distributed.fsdp import fully_shard          # here, as it takes a second to import
     mesh = dist.init_device_mesh(run.device.type, (run.world_size,))
     return [fully_shard(module, mesh=mesh) for module in (*blocks(model), model)]
+
+
+def contexts(moe):
+    """Of the first forward and the second, which leaves no note of the routing: nobody reads that any more,
+    and it would hold all that was computed again."""
+    second = ExitStack()
+    second.callback(setattr, moe, 'routed', None)
+    return nullcontext(), second
 
 
 def whole(x):

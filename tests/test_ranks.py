@@ -2,11 +2,10 @@
 machines; of a block only the input is kept (activation_checkpointing)."""
 import json
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEXT
-from test_training import metrics, weights
+from test_training import metrics
 
 from prepare import Piece, write_data
 
@@ -44,11 +43,11 @@ def sets(tmp_path, tokenizer, byte_tokenizer):
     """sets(task) is --dataset=... of a small data set; of 'gpt2' that for pretraining, of bytes."""
     def make(task):
         contents = [f'{i}. {line}' for i, line in enumerate(8 * TEXT.splitlines())]
-        chats = [(dict(role='user', content=f'Say {i}.'), dict(role='assistant', content='One ' + 'more ' * (i % 7)))
-                 for i in range(24)]
+        chats = [(dict(role='user', content=f'Say {i}.'),
+                  dict(role='assistant', content='One ' + 'more ' * (i % 7))) for i in range(24)]
+        texts = [Piece('train', text) for text in contents]
         pieces = dict(
-            pretrain=[Piece('train', text) for text in contents], gpt2=[Piece('train', text) for text in contents],
-            sft=[Piece('train', (chat,)) for chat in chats],
+            pretrain=texts, gpt2=texts, sft=[Piece('train', (chat,)) for chat in chats],
             dpo=[Piece('train', (chat, dict(role='assistant', content='None.'))) for chat in chats],
             cls=[Piece('train', text, label='ab'[i % 2]) for i, text in enumerate(contents)])[task]
         pieces += [piece._replace(split=split) for split in ('val', 'test') for piece in pieces[:6]]
@@ -61,31 +60,32 @@ def sets(tmp_path, tokenizer, byte_tokenizer):
 
 def alike(folder, one, other, name='model', atol=1e-5):
     """The losses of two runs and their weights are the same but for rounding."""
-    losses = [{line['step']: line['loss'] for line in metrics(folder / run) if 'loss' in line} for run in (one, other)]
-    held = [[line['val_loss'] for line in metrics(folder / run) if 'val_loss' in line] for run in (one, other)]
+    losses, held = ([[line[name] for line in metrics(folder / run) if name in line] for run in (one, other)]
+                    for name in ('loss', 'val_loss'))
     assert len(losses[0]) >= 4 and losses[0] == pytest.approx(losses[1], abs=atol)
     assert held[0] == pytest.approx(held[1], abs=atol)
     first, second = (torch.load(folder / run / 'ckpt.pt', weights_only=True) for run in (one, other))
     assert first[name].keys() == second[name].keys()
     for key, value in first[name].items():
         torch.testing.assert_close(second[name][key], value, atol=atol, rtol=0, msg=key)
-    assert [o['state'].keys() for o in first['optimizers']] == [o['state'].keys() for o in second['optimizers']]
+    states, others = ([o['state'] for o in run['optimizers']] for run in (first, second))
+    assert [state.keys() for state in states] == [state.keys() for state in others]
 
 
 def test_shared_out_it_trains_as_on_one_rank(script, on_ranks, sets, tiny_run, tmp_path):
     """Each stage, with each optimizer where it has both: two ranks of one row are one of two."""
     start, gpt2 = f'--init_from={tiny_run("minimind")}', f'--init_from={tiny_run("gpt2")}'
-    shape = ['--n_layer=2', '--n_head=2', '--n_kv_head=1', '--n_embd=32', '--eval_iters=3', '--prompt=The']
-    sft = [sets('sft'), '--eval_iters=3', '--report_size=2', '--max_new_tokens=4']
+    shape = ['--n_layer=2', '--n_head=2', '--n_kv_head=1', '--n_embd=32', '--eval_iters=99', '--prompt=The']
+    sft = [sets('sft'), '--eval_iters=99', '--report_size=2', '--max_new_tokens=4']
     runs = dict(
         adamw=['pretrain.py', *shape, sets('pretrain'), '--optimizer=adamw'],
         muon=['pretrain.py', *shape, sets('pretrain'), '--activation_checkpointing'],
         experts=['pretrain.py', *shape, sets('pretrain'), '--use_moe', '--num_experts=3'],
-        gpt2=['pretrain.py', gpt2, sets('gpt2'), '--eval_iters=3', '--prompt=The', '--optimizer=muon'],
+        gpt2=['pretrain.py', gpt2, sets('gpt2'), '--eval_iters=99', '--prompt=The', '--optimizer=muon'],
         sft=['sft.py', start, *sft, '--optimizer=muon'],
         distill=['distill.py', f'--teacher={tiny_run("minimind")}', *shape[:4], *sft],
         lora=['lora.py', start, *sft],
-        dpo=['dpo.py', start, sets('dpo'), '--eval_iters=3'],
+        dpo=['dpo.py', start, sets('dpo'), '--eval_iters=99'],
         cls=['finetune_cls.py', start, sets('cls'), '--trainable=last', '--dropout=0'])
     one = ['--batch_size=4', *SMALL]
     two = ['--batch_size=1', '--gradient_accumulation_steps=4', '--parallel=fsdp', *SMALL]
@@ -95,3 +95,31 @@ def test_shared_out_it_trains_as_on_one_rank(script, on_ranks, sets, tiny_run, t
     for name in runs:
         alike(tmp_path / name, 'one', 'two', dict(lora='adapters', cls='last').get(name, 'model'))
     script('sample.py', '--out_dir=muon/two', '--max_new_tokens=3')
+
+
+def test_a_shared_run_goes_on_on_any_number_of_ranks(script, on_ranks, sets, tmp_path):
+    """Two ranks -> one, one -> two, fsdp -> ddp; and N + N steps are 2N steps, bit for bit."""
+    shape = ['--n_layer=2', '--n_head=2', '--n_kv_head=1', '--n_embd=32', '--eval_iters=99', '--prompt=The']
+    run = ['pretrain.py', *shape, sets('pretrain'), *SMALL, '--batch_size=2',
+           '--gradient_accumulation_steps=2', '--lr_decay_iters=4']
+    half, fsdp, dropout = '--max_iters=2', '--parallel=fsdp', '--dropout=0.1'
+    again = ['pretrain.py', '--init_from=resume', '--max_iters=4']
+    script(*run, '--out_dir=whole')
+    script(*run, '--out_dir=one', half)
+    on_ranks(2, [*run, fsdp, '--out_dir=two', half], [*run, fsdp, '--out_dir=ddp', half],
+             [*again, fsdp, '--out_dir=one'], [*again, '--parallel=ddp', '--out_dir=ddp'],
+             [*run, fsdp, dropout, '--out_dir=dropped'], [*run, fsdp, dropout, '--out_dir=parts', half],
+             [*again, '--out_dir=parts'])
+    script(*again, '--out_dir=two')
+    for name in ('one', 'two', 'ddp'):
+        alike(tmp_path, 'whole', name)
+    alike(tmp_path, 'dropped', 'parts', atol=0)
+
+
+@pytest.mark.parametrize('model', ['minimind', 'minimind --use_moe', 'gpt2'])
+def test_computed_twice_it_is_the_same_bit_for_bit(script, sets, tmp_path, model):
+    run = ['pretrain.py', '--n_layer=2', '--n_head=2', '--n_embd=32', '--eval_iters=1', '--prompt=The',
+           *SMALL, sets('pretrain'), '--batch_size=2', '--dropout=0.2', *f'--model={model}'.split()]
+    script(*run, '--out_dir=kept')
+    script(*run, '--out_dir=twice', '--activation_checkpointing')
+    alike(tmp_path, 'kept', 'twice', atol=0)
