@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from configurator import at_least, between, configure, fail, start_run
 from prepare import data_folder, open_data
-from pretrain import Training, check_shape, new_model
+from pretrain import Training, check_shape, new_model, target_positions
 from sample import answers, load_run, load_start, parse_given
 from sft import held_out_loss, last_answers, open_rows, spread, write_report
 from train_tokenizer import load_tokenizer
@@ -208,22 +208,27 @@ if __name__ == '__main__':
         training.say(f"teacher: {size:,} parameters, held-out loss {loss:.4f}")
     tags = [tokenizer.encode(tag) for tag in TAGS]
 
+    def make_batch(some):
+        x, y, segments = rows.batch(some)
+        at = target_positions(y)
+        return x, y, segments, at, tag_weights(y, tags, tag_weight).flatten()[at]
+
     model.train()
     for _ in training:
         if training.due:
             loss = held_out_loss(model, run, val_rows, batch_size, eval_iters)
             training.evaluated(f"held-out loss {loss:.4f}", val_loss=loss)
         step_rows = rows.read(training.position, training.rows)
-        for x, y, segments in training.micro_batches(step_rows, rows.batch):
-            is_target, weights, told = y != -100, tag_weights(y, tags, tag_weight), None
+        for x, y, segments, at, weights in training.micro_batches(step_rows, make_batch):
+            told = None
             with run.autocast():
-                hidden = model(x, segments=segments, head=False)[0][is_target]              # (N, C)
+                hidden = model(x, segments=segments, head=False)[0].flatten(0, 1)[at]       # (N, C)
                 if guide:
                     with torch.no_grad():
-                        told = guide(x, segments=segments, head=False)[0][is_target]        # (N, C')
+                        told = guide(x, segments=segments, head=False)[0].flatten(0, 1)[at]     # (N, C')
                 loss, ce, kl = chunked_loss(model.lm_head, hidden, guide and guide.lm_head, told,
-                                            y[is_target], weights[is_target], alpha, temperature)
-                aux = model.auxiliary_loss(is_target) * is_target.sum()
+                                            y.flatten()[at], weights, alpha, temperature)
+                aux = model.auxiliary_loss(y != -100) * len(at)
             training.backward(loss + aux, loss=loss, ce_loss=ce, kl=kl)
         training.update(tokens=rows.tokens(step_rows))
     if training.finished and report_size:

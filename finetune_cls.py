@@ -235,6 +235,7 @@ if __name__ == '__main__':
     weights = torch.ones(len(names))
     if class_weights:                                           # 1 on average over the texts
         weights = torch.tensor(counts.sum() / (len(names) * counts), dtype=torch.float32)
+    device_weights = weights.to(run.device)
     best = checkpoint['best'] if checkpoint else dict(accuracy=-1.0, loss=math.inf, step=0)
     best_weights = checkpoint['model'] if checkpoint else {}
     # the best weights are the run's result; the last ones, to go on with
@@ -261,7 +262,7 @@ if __name__ == '__main__':
                                                     weigh=lambda x, y, lengths: weights[y].sum().item()):
             with run.autocast():
                 logits = label_logits(model, x, lengths).float()
-            weight = weights.to(run.device)[y]                                              # (B,)
+            weight = device_weights[y]                                                      # (B,)
             loss = (F.cross_entropy(logits, y, reduction='none') * weight).sum()
             training.backward(loss, accuracy=((logits.argmax(-1) == y) * weight).sum())
         training.update(texts=len(texts))

@@ -232,6 +232,7 @@ class Training:
         """Yield this rank's share of the step's rows, batch_size at a time, as tensors on the device.
 
         make_batch  rows -> a tuple of tensors;  weigh  how many targets it has, over which its loss is a sum
+        The host does both ahead of a GPU, which still works on the step before: no step waits for it.
         """
         if self.step == self.last:
             return
@@ -564,6 +565,12 @@ def batch_at(split, starts, block_size):
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
+def target_positions(targets):
+    """(N,) int64: where in targets.flatten() the targets are. Found on the host, which would have to wait for
+    a GPU to learn how many there are."""
+    return torch.from_numpy(np.flatnonzero(targets.numpy() != -100))
+
+
 # ---- held-out loss and a sample ----
 
 def held_out_loss(model, run, split, block_size, batch_size, eval_iters):
@@ -575,15 +582,15 @@ def held_out_loss(model, run, split, block_size, batch_size, eval_iters):
 
 def mean_loss(model, run, rows, make_batch, batch_size):
     """Mean nats per target over all rows, in evaluation mode; ranks share the work."""
-    mine, total, count = rows[run.rank::run.world_size], 0.0, 0
+    mine, losses, counts = rows[run.rank::run.world_size], [], []
     with evaluating(model):
         for i in range(0, len(mine), batch_size):
-            x, y, segments = to_device(make_batch(mine[i:i + batch_size]), run.device)
+            batch = make_batch(mine[i:i + batch_size])
+            counts.append((batch[1] != -100).sum().item())
+            x, y, segments = to_device(batch, run.device)
             with run.autocast():
-                loss = model(x, y, segments=segments)[1]
-            n = (y != -100).sum().item()
-            total, count = total + loss.item() * n, count + n
-    total, count = run.sum(total, count)
+                losses.append(model(x, y, segments=segments)[1])
+    total, count = run.sum(sum(loss.item() * n for loss, n in zip(losses, counts)), sum(counts))
     return total / max(1, count)
 
 

@@ -1,12 +1,16 @@
 """Several ranks: a model shared out over them (parallel='fsdp') trains as on one, and so does one on several
-machines; of a block only the input is kept (activation_checkpointing)."""
+machines; of a block only the input is kept (activation_checkpointing); and no step waits for a GPU."""
 import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import ROOT, TEXT
 from test_training import metrics
 
+from configurator import Run
+from model_gpt2 import GPT2
+from model_minimind import MiniMind
 from prepare import Piece, write_data
 
 SMALL = ['--block_size=48', '--max_iters=4', '--eval_interval=2', '--log_interval=1', '--device=cpu',
@@ -123,3 +127,53 @@ def test_computed_twice_it_is_the_same_bit_for_bit(script, sets, tmp_path, model
     script(*run, '--out_dir=kept')
     script(*run, '--out_dir=twice', '--activation_checkpointing')
     alike(tmp_path, 'kept', 'twice', atol=0)
+
+
+# ---- a GPU ----
+
+class Waits(TorchDispatchMode):
+    """Notes what a host would wait for a GPU for: numbers read from it, shapes that depend on numbers, and
+    tensors made of Python's numbers."""
+    READS = ('_local_scalar_dense', 'nonzero', 'masked_select', '_unique2', 'lift_fresh')
+    on, forwards = False, 0
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.found = set(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = [t for t in args[1] if t is not None and t.dtype == torch.bool] if name[:5] == 'index' and (
+            isinstance(args[1], (list, tuple))) else []
+        if self.on:
+            self.seen.add(name)
+            self.found += [name] * (name in self.READS or len(masks) > 0)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('stage', ['pretrain', 'pretrain --use_moe', 'pretrain --activation_checkpointing',
+                                   'sft', 'lora', 'distill', 'dpo', 'finetune_cls'])
+def test_on_a_gpu_no_step_waits_for_it(script, sets, tiny_run, monkeypatch, stage):
+    """From the model's forward to the end of the step, in steps without a line: the host only queues work."""
+    stage, *more = stage.split()
+    start = {'pretrain': ['--n_layer=1', '--n_head=2', '--n_embd=32', '--prompt=The', '--eval_iters=1'],
+             'distill': [f'--teacher={tiny_run("minimind")}', '--n_layer=1', '--n_head=2', '--n_embd=32']}
+    task = dict(pretrain='pretrain', dpo='dpo', finetune_cls='cls').get(stage, 'sft')
+    report = ['--report_size=0'] * (task == 'sft')
+    with Waits() as waits:
+        def spy(forward):
+            def call(*args, **kwargs):
+                if torch.is_grad_enabled():
+                    waits.on, waits.forwards = waits.forwards in (1, 2), waits.forwards + 1
+                return forward(*args, **kwargs)
+            return call
+
+        def sums(run, *numbers, sums=Run.sum):
+            waits.on = False                            # a step begins: its rows are read by the host
+            return sums(run, *numbers)
+        for model in (GPT2, MiniMind):
+            monkeypatch.setattr(model, 'forward', spy(model.forward))
+        monkeypatch.setattr(Run, 'sum', sums)
+        script(f'{stage}.py', *start.get(stage, [f'--init_from={tiny_run("minimind")}']), *more, *report,
+               *SMALL, sets(task), '--log_interval=4', '--eval_interval=4', '--batch_size=2', '--out_dir=run')
+    assert waits.forwards == 4 and {'mm', '_fused_adamw_'} <= waits.seen and not waits.found
