@@ -89,8 +89,8 @@ def freeze(model, trainable):
 
 def label_logits(model, tokens, lengths):
     """tokens (B, T), of which the first `lengths` (B,) of each row are real -> logits (B, labels)."""
-    logits = model(tokens)[0]                                               # (B, T, labels)
-    return logits[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+    hidden = model(tokens, head=False)[0]                                   # (B, T, C)
+    return model.lm_head(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
 
 
 def load_classifier(folder, dropout=0.0, weights='model'):

@@ -121,12 +121,13 @@ class Training:
         self.first, self.position, self.counted = 0, 0, 0
         if config['init_from'] == 'resume':
             self.first, self.position, self.counted = (checkpoint[k] for k in ('step', 'position', 'counted'))
-        same = [(rows, what, tokenizer.fingerprint, self.first)]
+        starts = [(f"{what} and step {self.first:,}", rows, tokenizer.fingerprint)] * run.world_size
         if run.world_size > 1:                              # machines may have disks of their own
-            dist.broadcast_object_list(same, 0)
-        if same != [(rows, what, tokenizer.fingerprint, self.first)]:
-            fail(f"this rank has {what} and step {self.first:,}, rank 0 has {same[0][1]} and step "
-                 f"{same[0][-1]:,}: all machines need the same data and the same {config['out_dir']}")
+            dist.all_gather_object(starts, starts[0])
+        for rank, start in enumerate(starts):
+            if start != starts[0]:
+                fail(f"rank {rank} starts from {start[0]} (tokenizer {start[2]}), rank 0 from {starts[0][0]} "
+                     f"({starts[0][2]}): give all machines the same data, and the same {config['out_dir']}")
         self.sharded = spread_over_ranks(run, config, model)
         self.optimizers = make_optimizers(model, config.get('optimizer', 'adamw'), config['learning_rate'],
                                           config['weight_decay'], (config['beta1'], config['beta2']))

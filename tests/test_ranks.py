@@ -1,12 +1,16 @@
 """Several ranks: a model shared out over them (parallel='fsdp') trains as on one, and so does one on several
 machines; of a block only the input is kept (activation_checkpointing); and no step waits for a GPU."""
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from conftest import ROOT, TEXT
-from test_training import metrics
+from conftest import ONE_THREAD, ROOT, TEXT
+from test_training import CONFIG, make_training, metrics
 
 from configurator import Run
 from model_gpt2 import GPT2
@@ -127,6 +131,41 @@ def test_computed_twice_it_is_the_same_bit_for_bit(script, sets, tmp_path, model
     script(*run, '--out_dir=kept')
     script(*run, '--out_dir=twice', '--activation_checkpointing')
     alike(tmp_path, 'kept', 'twice', atol=0)
+
+
+# ---- machines ----
+
+def test_two_machines_without_a_shared_disk(tiny_run, tmp_path):
+    """Two launchers: each prepares the data that its folder lacks, and rank 0 of all writes the run."""
+    with socket.socket() as port:
+        port.bind(('localhost', 0))
+        where = f'localhost:{port.getsockname()[1]}'
+    launch = ['-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d',
+              f'--rdzv_endpoint={where}', '--local_addr=localhost', str(ROOT / 'finetune_cls.py'),
+              f'--init_from={tiny_run("minimind")}', '--dataset=./spam', *SMALL, '--max_iters=1',
+              '--out_dir=run']
+    machines = []
+    for name in ('one', 'two'):
+        (tmp_path / name).mkdir()
+        machines.append(subprocess.Popen(
+            [sys.executable, *launch], cwd=tmp_path / name, env=ONE_THREAD, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    found = sorted(sorted(path.name for path in (tmp_path / name).iterdir()) for name in ('one', 'two'))
+    assert found == [['run', 'spam'], ['spam']] and ''.join(said).count('on 2 x cpu') == 1
+
+
+@pytest.mark.parametrize('other, words', [
+    (('nine rows and step 0', 10, '0' * 16), 'rank 1 starts from nine rows and step 0'),
+    (('ten rows and step 4', 10, '0' * 16), 'rank 1 starts from ten rows and step 4'),
+    (('ten rows and step 0', 10, '1' * 16), f"(tokenizer {'1' * 16}), rank 0 from ten rows and step 0 (0")])
+def test_machines_that_hold_different_things_do_not_start(tmp_path, monkeypatch, capsys, other, words):
+    """A disk that is not shared may lack the checkpoint, or hold data that were prepared otherwise."""
+    monkeypatch.setattr('pretrain.dist.all_gather_object', lambda starts, own: starts.__setitem__(1, other))
+    with pytest.raises(SystemExit, match='2'):
+        make_training(Run(torch.device('cpu'), torch.float32, 0, 2), dict(CONFIG, out_dir=str(tmp_path)))
+    assert words in capsys.readouterr().err and not os.listdir(tmp_path)
 
 
 # ---- a GPU ----
