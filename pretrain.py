@@ -395,7 +395,7 @@ def to_device(batch, device):
     return [t if t is None else t.to(device) for t in batch]
 
 
-# ---- shares of a model, and of the memory of a step ----
+# ---- a model on several ranks ----
 
 def blocks(model):
     return model.transformer.h if model.config.model_type == 'gpt2' else model.model.layers

@@ -2,12 +2,12 @@
 
     python tests/memory.py                                  # the table of the README
     python tests/memory.py config/gpt2_124m.py --batch_size=4 --optimizer=muon --activation_checkpointing
-    python tests/memory.py config/gpt2_124m.py --parallel=fsdp --ranks=8        # of one rank of eight
+    python tests/memory.py config/gpt2_124m.py --ranks=8    # of one rank of eight, with parallel=fsdp
 
-Two steps are taken with tensors that have shapes and no numbers (torch's FakeTensorMode), and the bytes are
-counted that would be alive at once: weights, moments, what there is of gradients at the peak, and activations,
-all the rest. tests/test_memory.py holds the sum to what torch's profiler measures on a CPU. On a GPU kernels
-keep a little more or less, and driver and allocator take some more: leave a GB or two.
+Two steps are taken with tensors that have shapes and no numbers (torch's FakeTensorMode), and the most bytes
+that would be alive at once are counted: weights, moments, what there is of gradients then, and activations, all
+the rest. tests/test_memory.py holds the sum to what torch's profiler measures on a CPU. On a GPU kernels keep a
+little more or less, and driver and allocator take some more: leave a GB or two.
 """
 import sys
 import weakref
