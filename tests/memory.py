@@ -5,9 +5,9 @@
     python tests/memory.py config/gpt2_124m.py --ranks=8    # of one rank of eight, with parallel=fsdp
 
 Two steps are taken with tensors that have shapes and no numbers (torch's FakeTensorMode), and the most bytes
-that would be alive at once are counted: weights, moments, what there is of gradients then, and activations, all
-the rest. tests/test_memory.py holds the sum to what torch's profiler measures on a CPU. On a GPU kernels keep a
-little more or less, and driver and allocator take some more: leave a GB or two.
+that would be alive at once are counted: weights, moments, what there is of gradients then, and activations,
+which are the rest. tests/test_memory.py holds the sum to what torch's profiler measures on a CPU. On a GPU
+kernels keep a little more or less, and driver and allocator take some more: leave a GB or two.
 """
 import sys
 import weakref
