@@ -1,6 +1,6 @@
 """tests/memory.py: what it says without taking memory is what torch's profiler measures."""
 import pytest
-from conftest import ROOT  # noqa: F401  (its path makes the line below work)
+from conftest import ROOT, numbers
 from memory import step_bytes, take_steps
 from torch.profiler import ProfilerActivity, profile
 
@@ -12,10 +12,10 @@ CONFIG = {**{key: value for key, value in vars(pretrain).items() if type(value) 
           'batch_size': 4, 'block_size': 128, 'dtype': 'bfloat16'}
 
 
-def measured(config):
+def measured(config, ranks=1):
     """The most bytes that the allocator had given out at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        take_steps(config, 1000)
+        take_steps(config, 1000, ranks)
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == '[memory]']
     alive = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -34,3 +34,25 @@ def test_it_is_what_a_profiler_measures(changes):
     assert sum(parts.values()) == pytest.approx(measured(config), rel=0.01)
     least = 1 if config['optimizer'] == 'muon' else 2            # moments, each as large as the weights
     assert least <= parts['moments'] / parts['weights'] < least + 0.5
+
+
+RANKS = """
+import torch.distributed as dist
+from test_memory import CONFIG, measured
+dist.init_process_group('gloo')
+config = {**CONFIG, 'model': 'gpt2', 'n_layer': 6, 'parallel': 'fsdp', 'activation_checkpointing': True}
+peak = measured(config, ranks=2)
+if dist.get_rank() == 0:
+    print('peak', peak)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_shared_out_over_ranks_it_is_no_more_than_said(script, tmp_path):
+    (tmp_path / 'ranks.py').write_text(RANKS)
+    done = script(tmp_path / 'ranks.py', torchrun=2, env={'PYTHONPATH': f'{ROOT}:{ROOT}/tests'})
+    peak, = numbers(r'peak (\d+)', done.stdout)
+    config = {**CONFIG, 'model': 'gpt2', 'n_layer': 6, 'activation_checkpointing': True}
+    said, alone = (sum(step_bytes(config, 1000, ranks).values()) for ranks in (2, 1))
+    assert 0.85 * said < peak < said < alone
