@@ -78,6 +78,7 @@ def one_of(*values):
 # The rules of settings that several stages have. A stage tells `configure` those of its own.
 RULES = dict(dtype=one_of('auto', 'float32', 'bfloat16', 'float16'), optimizer=one_of('adamw', 'muon'),
              layout=one_of('packed', 'bucketed', 'padded'), dropout=between(0, 1), seed=between(0, 2**62),
+             parallel=one_of('ddp', 'fsdp'),
              min_lr=lambda value: '' if value >= 0 or value == -1 else "must be at least 0, or -1")
 RULES.update(dict.fromkeys(('batch_size', 'gradient_accumulation_steps', 'block_size', 'max_iters', 'n_layer',
                             'eval_interval', 'eval_iters', 'log_interval', 'max_new_tokens', 'n_head',
@@ -95,6 +96,8 @@ LOOP = dict(
     lr_decay_iters=(0, "step at which the cosine has come down to min_lr; 0 is the last one"),
     beta1=(0.9, "AdamW's: how slowly its mean gradient moves"),
     beta2=(0.95, "AdamW's: how slowly its mean squared gradient moves"),
+    parallel=('ddp', "under torchrun: 'ddp', each rank holds all, or 'fsdp': a share of weights and moments"),
+    activation_checkpointing=(False, "True: keep a block's input alone and compute the rest of it twice"),
     wandb_project=('from-scratch', "with wandb_log: the name of the project"),
     wandb_run_name=('', "with wandb_log: the name of the run; '' is that of out_dir"))
 
@@ -126,7 +129,7 @@ RESUME_MAY_CHANGE = {
     'max_new_tokens', 'prompt', 'wandb_log', 'tokenizer', 'batch_size', 'gradient_accumulation_steps',
     'cache_reference', 'learning_rate', 'min_lr', 'warmup_iters', 'grad_clip', 'device', 'dtype', 'compile',
     'always_save_checkpoint', 'epochs', 'eval_only', 'decay_lr', 'lr_decay_iters', 'wandb_project',
-    'wandb_run_name', *INSTEAD}
+    'wandb_run_name', 'parallel', 'activation_checkpointing', *INSTEAD}
 
 
 def configure(settings, only=None, **rules):
@@ -169,8 +172,13 @@ def configure(settings, only=None, **rules):
     if settings.get('wandb_log') and not any(map(importlib.util.find_spec, TRACKERS)):
         fail("wandb_log=True needs a package: pip install wandb, or swanlab")
     rows = settings.get('batch_size', 1) * settings.get('gradient_accumulation_steps', 1)
-    if 'batch_size' in keys and rows < (ranks := int(os.environ.get('WORLD_SIZE', 1))):
-        fail(f"batch_size x gradient_accumulation_steps = {rows} rows, but {ranks} ranks want one each")
+    ranks, fsdp = int(os.environ.get('WORLD_SIZE', 1)), settings.get('parallel') == 'fsdp'
+    if 'batch_size' in keys and (rows < ranks or fsdp and rows % ranks):
+        fail(f"batch_size x gradient_accumulation_steps = {rows} rows, but {ranks} ranks want "
+             f"{'as many each, with parallel=fsdp' if fsdp else 'one each'}")
+    if ranks == 1 and given.get('parallel') == 'fsdp':
+        fail(f"{places['parallel']}: parallel=fsdp shares a model out over ranks, and here is one: start "
+             f"several, with `torchrun --nproc_per_node=2`")
     return {key: settings[key] for key in keys}
 
 
@@ -463,7 +471,7 @@ class Run:
         """Each number summed over the ranks, as a list of floats."""
         if self.world_size == 1:
             return [float(n) for n in numbers]
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        total = torch.tensor(numbers, dtype=torch.float64)      # on the host: no GPU is waited for
         dist.all_reduce(total)
         return total.tolist()
 
@@ -498,7 +506,7 @@ def start_run(device='auto', dtype='auto', seed=0):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
     dtype = fast_dtype(device) if dtype == 'auto' else getattr(torch, dtype)
     torch.set_float32_matmul_precision('high')          # TF32 on a GPU; no change on a CPU
     torch.manual_seed(seed + rank)

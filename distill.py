@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from prepare import data_folder, open_data
-from pretrain import Training, check_shape, new_model
+from pretrain import Training, check_shape, new_model, target_positions
 from sample import answers, load_run, load_start, parse_given
 from sft import held_out_loss, last_answers, open_rows, spread, write_report
 from train_tokenizer import load_tokenizer
@@ -209,23 +209,27 @@ if __name__ == '__main__':
         training.say(f"teacher: {size:,} parameters, held-out loss {loss:.4f}")
     tags = [tokenizer.encode(tag) for tag in TAGS]
 
+    def make_batch(some):
+        x, y, segments = rows.batch(some)
+        at = target_positions(y)
+        return x, y, segments, at, tag_weights(y, tags, tag_weight).flatten()[at]
+
     model.train()
     for _ in training:
         if training.due:
             loss = held_out_loss(model, run, val_rows, batch_size, eval_iters)
             training.evaluated(f"held-out loss {loss:.4f}", val_loss=loss)
         step_rows = rows.read(training.position, training.rows)
-        for x, y, segments in training.micro_batches(step_rows, rows.batch):
-            weights, told = tag_weights(y, tags, tag_weight), None
-            found = (y != -100).nonzero(as_tuple=True)      # N tokens; a GPU is waited for once, here
+        for x, y, segments, at, weights in training.micro_batches(step_rows, make_batch):
+            told = None
             with run.autocast():
-                hidden = model(x, segments=segments, head=False)[0][found]                  # (N, C)
+                hidden = model(x, segments=segments, head=False)[0].flatten(0, 1)[at]       # (N, C)
                 if guide:
                     with torch.no_grad():
-                        told = guide(x, segments=segments, head=False)[0][found]            # (N, C')
+                        told = guide(x, segments=segments, head=False)[0].flatten(0, 1)[at]     # (N, C')
                 loss, ce, kl = chunked_loss(model.lm_head, hidden, guide and guide.lm_head, told,
-                                            y[found], weights[found], alpha, temperature)
-                aux = model.auxiliary_loss(y != -100) * len(hidden)
+                                            y.flatten()[at], weights, alpha, temperature)
+                aux = model.auxiliary_loss(y != -100) * len(at)
             training.backward(loss + aux, loss=loss, ce_loss=ce, kl=kl)
         training.update(tokens=rows.tokens(step_rows))
     if training.finished and report_size:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from prepare import Progress, data_folder, open_data, read_split
-from pretrain import Training, read_rows, to_device
+from pretrain import Training, read_rows, target_positions, to_device
 from sample import evaluating, given_by, load_run, model_of, parse_given
 
 # the run
@@ -136,17 +136,18 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(chosen_reward - rejected_reward), chosen_reward, rejected_reward
 
 
-def answer_log_probs(model, tokens, targets, length_normalised=False):
+def answer_log_probs(model, tokens, targets, at, length_normalised=False):
     """log pi(answer | prompt) of each row, the sum of its tokens' log-probabilities: (B, T) -> (B,) float32.
 
     targets  (B, T), the token that follows each; -100 on prompts and padding, which get no logits at all: the
              head is the widest layer, and its softmax the largest tensor
+    at       (N,) where the others are, from target_positions
     length_normalised  the mean instead of the sum
     """
-    rows, columns = (targets != -100).nonzero(as_tuple=True)            # a GPU is waited for once, here
     hidden, _ = model(tokens, head=False)                                                   # (B, T, C)
-    logits = model.lm_head(hidden[rows, columns])                                           # (N, C) -> (N, V)
-    log_probs = -F.cross_entropy(logits.float(), targets[rows, columns], reduction='none')  # (N,)
+    logits = model.lm_head(hidden.flatten(0, 1)[at])                                        # (N, C) -> (N, V)
+    log_probs = -F.cross_entropy(logits.float(), targets.flatten()[at], reduction='none')   # (N,)
+    rows = at // tokens.size(1)
     sums = log_probs.new_zeros(len(tokens)).index_add(0, rows, log_probs)                   # (N,) -> (B,)
     return sums / (targets != -100).sum(1) if length_normalised else sums
 
@@ -162,9 +163,10 @@ def log_probs_of(model, run, split, pairs, block_size, batch_size, length_normal
     with evaluating(model):
         for i in range(0, len(order), batch_size):
             some = order[i:i + batch_size]
-            x, y = to_device(batch_at(split, [pairs[k] for k in some], block_size), run.device)
+            x, y = batch_at(split, [pairs[k] for k in some], block_size)
+            x, y, at = to_device([x, y, target_positions(y)], run.device)
             with run.autocast():
-                log_probs = answer_log_probs(model, x, y, length_normalised)
+                log_probs = answer_log_probs(model, x, y, at, length_normalised)
             result[some] = log_probs.view(-1, 2).cpu()                          # (2P,) -> (P, 2)
             if progress:
                 progress.show(i / len(order))
@@ -240,7 +242,8 @@ if __name__ == '__main__':
 
     def make_batch(rows):
         ref = torch.from_numpy(ref_train[rows].ravel()) if cache_reference else None        # (P, 2) -> (2P,)
-        return *batch_at(train, [train_pairs[row] for row in rows], block_size), ref
+        x, y = batch_at(train, [train_pairs[row] for row in rows], block_size)
+        return x, y, target_positions(y), ref
 
     # the model stays in evaluation mode, without dropout, which would hide what the policy prefers
     for _ in training:
@@ -250,12 +253,12 @@ if __name__ == '__main__':
                     "{val_chosen_reward:.3f} - {val_rejected_reward:.3f}").format(**numbers)
             training.evaluated(line, **numbers)
         rows = read_rows(len(train_pairs), seed, training.position, training.rows)
-        for x, y, ref in training.micro_batches(rows, make_batch, weigh=lambda x, *_: len(x) // 2):
+        for x, y, at, ref in training.micro_batches(rows, make_batch, weigh=lambda x, *_: len(x) // 2):
             with run.autocast():
-                policy = answer_log_probs(model, x, y, length_normalised)                   # (2P,)
+                policy = answer_log_probs(model, x, y, at, length_normalised)               # (2P,)
                 if not cache_reference:
                     with torch.no_grad():
-                        ref = answer_log_probs(reference, x, y, length_normalised)
+                        ref = answer_log_probs(reference, x, y, at, length_normalised)
             loss, chosen, rejected = (part.sum() for part in dpo_loss(
                 policy[0::2], policy[1::2], ref[0::2], ref[1::2], beta))
             training.backward(loss, margin=chosen - rejected, chosen_reward=chosen, rejected_reward=rejected)

@@ -28,7 +28,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from prepare import TASKS, Piece, Split, open_data, whole_text
-from pretrain import Training, read_rows, to_device
+from pretrain import Training, blocks, read_rows, to_device, whole
 from sample import evaluating, load_start, model_of
 from train_tokenizer import load_tokenizer
 
@@ -81,9 +81,8 @@ def add_head(model, n_labels):
 def freeze(model, trainable):
     """Let 'head', 'last' (head, last block and final norm) or 'all' of the model learn, and nothing else."""
     gpt2 = model.config.model_type == 'gpt2'
-    blocks = model.transformer.h if gpt2 else model.model.layers
     norm = model.transformer.ln_f if gpt2 else model.model.norm
-    learns = dict(head=[model.lm_head], last=[model.lm_head, blocks[-1], norm], all=[model])[trainable]
+    learns = dict(head=[model.lm_head], last=[model.lm_head, blocks(model)[-1], norm], all=[model])[trainable]
     model.requires_grad_(False)
     for module in learns:
         module.requires_grad_(True)
@@ -91,8 +90,8 @@ def freeze(model, trainable):
 
 def label_logits(model, tokens, lengths):
     """tokens (B, T), of which the first `lengths` (B,) of each row are real -> logits (B, labels)."""
-    logits = model(tokens)[0]                                               # (B, T, labels)
-    return logits[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+    hidden = model(tokens, head=False)[0]                                   # (B, T, C)
+    return model.lm_head(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
 
 
 def load_classifier(folder, dropout=0.0, weights='model'):
@@ -237,6 +236,7 @@ if __name__ == '__main__':
     weights = torch.ones(len(names))
     if class_weights:                                           # 1 on average over the texts
         weights = torch.tensor(counts.sum() / (len(names) * counts), dtype=torch.float32)
+    device_weights = weights.to(run.device)
     best = checkpoint['best'] if checkpoint else dict(accuracy=-1.0, loss=math.inf, step=0)
     best_weights = checkpoint['model'] if checkpoint else {}
     # the best weights are the run's result; the last ones, to go on with
@@ -252,9 +252,10 @@ if __name__ == '__main__':
             logits, y = predictions(model, run, val, block_size)
             loss = F.cross_entropy(logits, y).item()
             accuracy = (logits.argmax(-1) == y).double().mean().item()
+            loss, accuracy = (n / run.world_size for n in run.sum(loss, accuracy))  # ranks must not differ
             if (accuracy, -loss) > (best['accuracy'], -best['loss']):
                 best = dict(accuracy=accuracy, loss=loss, step=step)
-                best_weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+                best_weights = {k: whole(v).cpu().clone() for k, v in model.state_dict().items()}
             training.evaluated(f"val loss {loss:.4f}  accuracy {accuracy:.3f}  (best {best['accuracy']:.3f} "
                                f"at step {best['step']:,})", val_loss=loss, val_accuracy=accuracy)
         texts = read_rows(len(train.labels), seed, training.position, training.rows)
@@ -262,12 +263,12 @@ if __name__ == '__main__':
                                                     weigh=lambda x, y, lengths: weights[y].sum().item()):
             with run.autocast():
                 logits = label_logits(model, x, lengths).float()
-            weight = weights.to(run.device)[y]                                              # (B,)
+            weight = device_weights[y]                                                      # (B,)
             loss = (F.cross_entropy(logits, y, reduction='none') * weight).sum()
             training.backward(loss, accuracy=((logits.argmax(-1) == y) * weight).sum())
         training.update(texts=len(texts))
     if training.finished:
-        model.load_state_dict(best_weights)
+        model = load_classifier(out_dir)[0].to(run.device)
         write_report(out_dir, model, run, dict(train=train, val=val, test=test), names, block_size)
     training.close(f"the classifier, of step {best['step']:,}, is in {out_dir}: python finetune_cls.py "
                    f"--out_dir={quote(out_dir)} --classify=\"You won a prize\"")

@@ -148,7 +148,7 @@ def merge(model):
 
 def adapter_state(model):
     """{'<layer>.lora_A': (rank, in), '<layer>.lora_B': (out, rank), ...}"""
-    return {f'{name}.{part}': getattr(layer, part).detach().cpu()
+    return {f'{name}.{part}': getattr(layer, part).detach()
             for name, layer in adapters(model).items() for part in ('lora_A', 'lora_B')}
 
 

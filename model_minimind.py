@@ -448,11 +448,11 @@ class HeadLoss(torch.autograd.Function):
 
 
 def head_loss(x, weight, targets):
-    """plain_loss of the logits x @ weight.T, for x (B, T, C). Only tokens that are targets are given to the
-    head, unless compiled: that would need shapes that depend on the data."""
+    """plain_loss of the logits x @ weight.T, for x (B, T, C). On a CPU only tokens that are targets are given
+    to the head: a GPU would have to be waited for, to know how many those are."""
     device, rows, targets = x.device.type, x.flatten(0, 1), targets.flatten()
     n = (targets != -100).sum()
-    if not torch.compiler.is_compiling():
+    if device == 'cpu' and not torch.compiler.is_compiling():
         found = (targets != -100).nonzero()[:, 0]
         rows, targets = rows.index_select(0, found), targets.index_select(0, found)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -21,7 +21,7 @@ the end is held out.
 A prepared data set is a folder. For each split it holds the documents one after another:
 
     train_tokens.npy    (n,) uint16 or uint32    token ids
-    train_mask.npy      (n,) uint8               1 where the token is a target of the loss
+    train_mask.npy      (n,) uint8               1 where the token is a target of the loss; none if all are
     train_offsets.npy   (documents + 1,) int64   document i is tokens[offsets[i]:offsets[i + 1]]
     train_labels.npy    (documents,) int64       only if records have labels: the number of the label
 
@@ -658,7 +658,7 @@ class SplitWriter:
         self.files = {field: open(f'{path}_{field}.npy', 'wb') for field in self.kinds}
         for file in self.files.values():
             file.seek(128)
-        self.labels, self.count = [], dict(documents=0, tokens=0, bytes=0)
+        self.labels, self.count = [], dict(documents=0, tokens=0, bytes=0, targets=0)
         self.write('offsets', [0])
 
     def write(self, field, values):
@@ -668,6 +668,7 @@ class SplitWriter:
         self.write('tokens', ids)
         self.write('mask', mask)
         self.count['tokens'] += len(ids)
+        self.count['targets'] += sum(mask)
         self.count['bytes'] += len(plain_text(piece.content).encode())
         self.last = piece
         if piece.ends_document:
@@ -684,6 +685,8 @@ class SplitWriter:
                 f.seek(0)
                 np.lib.format.write_array_header_1_0(f, header)
                 assert f.tell() == 128, "this version of numpy writes another header"
+        if self.count['targets'] == self.count['tokens']:       # as in most corpora
+            os.remove(self.files['mask'].name)
 
 
 def write_data(folder, tokenizer, pieces, source, task='pretrain'):
@@ -742,7 +745,7 @@ def write_data(folder, tokenizer, pieces, source, task='pretrain'):
 
 class Split(NamedTuple):
     tokens: np.ndarray                  # (n,)
-    mask: np.ndarray                    # (n,)
+    mask: np.ndarray                    # (n,) uint8; where all are targets, one number seen n times
     offsets: np.ndarray                 # (documents + 1,)
     labels: np.ndarray | None = None    # (documents,) int64: numbers in meta['labels'], -1 is none
 
@@ -779,13 +782,16 @@ def read_split(name, split):
     """The Split 'train', 'val' or 'test' of a data set, mapped into memory rather than read; its labels are
     None if the set has none. One line if it is not as it was written."""
     meta, path = read_meta(name), os.path.join(data_folder(name), split)
-    fields = Split._fields[:4 if 'labels' in meta else 3]
+    count = meta.get(split, dict.fromkeys(('documents', 'tokens', 'bytes'), 0))
+    fields = [field for field in Split._fields[:4 if 'labels' in meta else 3]
+              if field != 'mask' or count.get('targets') != count['tokens']]
     try:
-        data = Split(*(np.lib.format.open_memmap(f'{path}_{field}.npy', 'r') for field in fields))
+        arrays = {field: np.lib.format.open_memmap(f'{path}_{field}.npy', 'r') for field in fields}
     except Exception as e:                              # numpy raises many kinds over a broken header
         wrong = f"{type(e).__name__}: {e}"
     else:
-        wrong = damage(data, meta, meta.get(split, dict.fromkeys(('documents', 'tokens', 'bytes'), 0)))
+        data = Split(**{'mask': np.broadcast_to(np.uint8(1), count['tokens']), **arrays})
+        wrong = damage(data, meta, count)
     if wrong:
         fail(f"{data_folder(name)}: {split} is damaged ({wrong}): run prepare.py again")
     return data
@@ -840,19 +846,21 @@ def open_data(run, dataset, task, tokenizer=''):
     test). Every rank calls this.
 
     tokenizer  the Tokenizer of a model, or the folder of one, or 'gpt2': a built-in set that is missing is
-               prepared with it first (by rank 0), and data of another one is refused. A folder without one
+               prepared with it first (by one rank), and data of another one is refused. A folder without one
                gets it, trained on pydoc. '' is out/tokenizer, or whatever made the data.
     """
     folder = data_folder(dataset)
     made_with = getattr(tokenizer, 'source', tokenizer) or OWN_TOKENIZER
-    if os.path.basename(folder) in BUILT_IN and not os.path.exists(folder) and run.rank == 0:
-        arguments = [f'--dataset={dataset}']
-        if os.path.basename(folder) != 'shakespeare_char':              # which brings its tokenizer
-            arguments.append(f'--tokenizer={made_with}')
-            if made_with != 'gpt2' and not os.path.isfile(os.path.join(made_with, 'tokenizer.json')):
-                run_script('train_tokenizer.py', f'--out_dir={made_with}')
-        run_script('prepare.py', *arguments)
-    run.barrier()
+    # the first rank of all, then of each machine, as another one may have another disk
+    for prepares in (run.rank == 0, os.environ.get('LOCAL_RANK') == '0'):
+        if prepares and os.path.basename(folder) in BUILT_IN and not os.path.exists(folder):
+            arguments = [f'--dataset={dataset}']
+            if os.path.basename(folder) != 'shakespeare_char':          # which brings its tokenizer
+                arguments.append(f'--tokenizer={made_with}')
+                if made_with != 'gpt2' and not os.path.isfile(os.path.join(made_with, 'tokenizer.json')):
+                    run_script('train_tokenizer.py', f'--out_dir={made_with}')
+            run_script('prepare.py', *arguments)
+        run.barrier()
     meta = read_meta(dataset, task)
     if isinstance(tokenizer, str) and tokenizer:
         tokenizer = load_tokenizer(tokenizer)

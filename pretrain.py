@@ -25,6 +25,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import ExitStack, nullcontext
 from shlex import quote
 
 from configurator import (MetricsLog, at_least, check_weights, clock, configure, fail, fast_dtype,
@@ -33,6 +34,8 @@ from configurator import (MetricsLog, at_least, check_weights, clock, configure,
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint as recompute
 
 from prepare import data_folder, open_data
 from sample import MODELS, answers, evaluating, load_start
@@ -116,16 +119,25 @@ class Training:
         saved: a function, what a new one holds of the model. Says what is about to happen."""
         self.run, self.config, self.model, self.tokenizer = run, config, model, tokenizer
         self.saved = saved or (lambda: dict(model=model.state_dict()))
+        self.first, self.position, self.counted = 0, 0, 0
+        if config['init_from'] == 'resume':
+            self.first, self.position, self.counted = (checkpoint[k] for k in ('step', 'position', 'counted'))
+        starts = [(f"{what} and step {self.first:,}", rows, tokenizer.fingerprint)] * run.world_size
+        if run.world_size > 1:                              # machines may have disks of their own
+            dist.all_gather_object(starts, starts[0])
+        for rank, start in enumerate(starts):
+            if start != starts[0]:
+                fail(f"rank {rank} starts from {start[0]} (tokenizer {start[2]}), rank 0 from {starts[0][0]} "
+                     f"({starts[0][2]}): give all machines the same data, and the same {config['out_dir']}")
+        self.sharded = spread_over_ranks(run, config, model)
         self.optimizers = make_optimizers(model, config.get('optimizer', 'adamw'), config['learning_rate'],
                                           config['weight_decay'], (config['beta1'], config['beta2']))
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         self.rows = config['batch_size'] * config['gradient_accumulation_steps']        # of a step
         self.always_save = config.get('always_save_checkpoint', True)
-        self.first, self.position, self.counted = 0, 0, 0
         self.saved_step, self.lowest, self.norms = None, math.inf, []       # norms: [(step, of its gradient)]
         if config['init_from'] == 'resume':
-            self.first, self.position, self.counted = (checkpoint[k] for k in ('step', 'position', 'counted'))
             self.saved_step, self.lowest = self.first, checkpoint['lowest']
             restore_optimizers(self.optimizers, checkpoint['optimizers'])
             if run.dtype == torch.float16 and checkpoint['scaler']:     # {} where the run had no float16
@@ -142,9 +154,6 @@ class Training:
                  f"--{'epochs' if config['epochs'] else 'max_iters'} to go on")
         length = model.config.trained_length or model.config.context
         model.config.trained_length = max(length, config['block_size'])
-        if run.world_size > 1:
-            for tensor in model.state_dict().values():      # every rank drew its own: take those of rank 0
-                dist.broadcast(tensor, 0)
         if config['compile']:
             model.compile()                                 # in place
         self.signal = 0
@@ -161,7 +170,8 @@ class Training:
         steps = f"{self.last * self.rows / rows:.1f} epochs in {self.last:,} steps"
         steps += f" (by epochs={config['epochs']})" if config['epochs'] else ""
         self.say(f"{size:,} parameters{part}; {what}: {'eval_only' if config['eval_only'] else steps} on "
-                 f"{run.world_size} x {run.device.type} in {str(run.dtype)[6:]}")
+                 f"{run.world_size} x {run.device.type} in {str(run.dtype)[6:]}"
+                 f"{', weights and moments shared out (fsdp)' if self.sharded else ''}")
 
     def rate(self, step):
         """The learning rate of a step."""
@@ -194,7 +204,18 @@ class Training:
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group['lr'] = self.lr * group['scale']
             self.sums, self.step_began = {}, time.time()
+            if self.due:
+                self.gather(True)
             yield self.step
+        self.gather(True)                                   # for a report, which rank 0 writes alone
+
+    def gather(self, all_of_it):
+        """Under fsdp: hold all weights on every rank, as for an evaluation, in which each rank does what it
+        likes; or again a share, and all of a block only while the ranks compute it, all together."""
+        for module in self.sharded:
+            if module is not self.model:            # embedding and head stay: a loss may use the head again
+                module.set_reshard_after_forward(not all_of_it)
+            module.unshard() if all_of_it else module.reshard()
 
     def evaluated(self, line, **numbers):
         """Log the numbers of an evaluation, val_loss among them, print a line of them, and save."""
@@ -213,9 +234,11 @@ class Training:
         """Yield this rank's share of the step's rows, batch_size at a time, as tensors on the device.
 
         make_batch  rows -> a tuple of tensors;  weigh  how many targets it has, over which its loss is a sum
+        The host does both ahead of a GPU, which still works on the step before: no step waits for it.
         """
         if self.step == self.last:
             return
+        self.gather(False)
         mine, size = rows[self.run.rank::self.run.world_size], self.config['batch_size']
         batches = [make_batch(mine[i:i + size]) for i in range(0, len(mine), size)]
         self.total_weight = self.run.sum(sum(weigh(*batch) for batch in batches))[0] or 1
@@ -227,20 +250,21 @@ class Training:
         to log; a `loss` among them is logged in place of what is differentiated."""
         for name, value in {'loss': loss, **sums}.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
-        self.scaler.scale(loss * (1 / self.total_weight)).backward()
+        mean_over = self.run.world_size if self.sharded else 1          # fsdp takes a mean over the ranks
+        self.scaler.scale(loss * (mean_over / self.total_weight)).backward()
 
     def update(self, **count):
         """Take the step. count: tokens=, pairs= or texts=, how many of them it had on all ranks."""
         if self.step == self.last:
             return
-        if self.run.world_size > 1:                         # once a step, over all micro-batches
+        if self.run.world_size > 1 and not self.sharded:    # once a step, over all micro-batches
             for p in self.params:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             for work in [dist.all_reduce(p.grad, async_op=True) for p in self.params]:
                 work.wait()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.config['grad_clip'] or math.inf)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.params, self.config['grad_clip'] or math.inf))
         self.norms.append((self.step, norm))
         overflow = self.scaler.is_enabled() and not norm.isfinite()     # float16: then no optimizer steps
         for optimizer in self.optimizers:
@@ -293,12 +317,19 @@ class Training:
                   f"{f'mfu {mfu:.1%}  ' if mfu else ''}{clock(left)} left", flush=True)
 
     def save(self):
+        """Write ckpt.pt, the same whatever the ranks hold: under fsdp rank 0 gathers all of it in its memory
+        on the host, of weights and moments a tensor at a time, so that must have room for the whole."""
         self.check_finite()
         self.saved_step = self.step
+        state = dict(optimizers=[optimizer.state_dict() for optimizer in self.optimizers], **self.saved())
+        if self.sharded:
+            def collect(x):
+                x = whole(x)
+                return None if self.run.rank else x.cpu() if torch.is_tensor(x) else x
+            state = tree_map(collect, state)
         save_checkpoint(self.run, self.config['out_dir'], self.tokenizer, self.model.config, step=self.step,
                         position=self.position, counted=self.counted, lowest=self.lowest,
-                        optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
-                        scaler=self.scaler.state_dict(), settings=self.config, **self.saved())
+                        scaler=self.scaler.state_dict(), settings=self.config, **state)
 
     @property
     def finished(self):
@@ -365,6 +396,49 @@ def to_device(batch, device):
     return [t if t is None else t.to(device) for t in batch]
 
 
+# ---- a model on several ranks ----
+
+def blocks(model):
+    return model.transformer.h if model.config.model_type == 'gpt2' else model.model.layers
+
+
+def spread_over_ranks(run, config, model):
+    """Give all ranks the weights of rank 0, or under fsdp a share of each (FSDP2; ZeRO-3, Rajbhandari et al.
+    2020). Returns the modules whose weights are then gathered together, a block each, and the rest."""
+    for block in blocks(model) if config['activation_checkpointing'] else ():
+        moe = dict(context_fn=functools.partial(contexts, block.mlp)) if model.config.use_moe else {}
+        block.forward = functools.partial(recompute, block.forward, use_reentrant=False, **moe)
+    if run.world_size > 1:
+        for tensor in model.state_dict().values():          # every rank drew its own
+            dist.broadcast(tensor, 0)
+    if run.world_size == 1 or config['parallel'] == 'ddp':
+        return []
+    from torch.distributed.fsdp import fully_shard          # here, as it takes a second to import
+    mesh = dist.init_device_mesh(run.device.type, (run.world_size,))
+    return [fully_shard(module, mesh=mesh) for module in (*blocks(model), model)]
+
+
+def contexts(moe):
+    """Of the first forward and the second, which leaves no note of the routing: nobody reads that any more,
+    and it would hold all that was computed again."""
+    second = ExitStack()
+    second.callback(setattr, moe, 'routed', None)
+    return nullcontext(), second
+
+
+def whole(x):
+    """A tensor of which each rank holds a share, whole on every rank; all else as it is."""
+    return x.full_tensor() if hasattr(x, 'full_tensor') else x
+
+
+def share(x, like):
+    """Of a whole tensor, which all ranks hold, the share that they have of `like`, if that is shared out."""
+    if not hasattr(like, 'full_tensor'):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)     # nothing is sent
+
+
 # ---- the optimizers ----
 
 # a s + b s^3 + c s^5, one after another, bring singular values s from 0.01 to 1 within 0.27 of 1: each is the
@@ -399,21 +473,21 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             alike = {}                                                              # shape -> parameters
             for p in group['params']:
-                if p.grad is not None:
-                    alike.setdefault(p.shape[-2:], []).append(p)
-            for shape, params in alike.items():
+                if p.grad is not None:          # of those that are shared out, only one is whole at a time
+                    alike.setdefault((p.shape[-2:], id(p) * hasattr(p, 'full_tensor')), []).append(p)
+            for (shape, _), params in alike.items():
                 ahead = []
                 for p in params:
                     if not self.state[p]:
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
                     average = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
-                    x = p.grad.lerp(average, group['momentum'])                     # Nesterov's look ahead
+                    x = whole(p.grad.lerp(average, group['momentum']))              # Nesterov's look ahead
                     ahead.append(x.view(-1, *shape).to(fast_dtype(p.device)))
                 steps = orthogonalise(torch.cat(ahead)).split([len(x) for x in ahead])
                 size = 0.2 * math.sqrt(max(shape))
                 for p, x in zip(params, steps):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
-                    p.add_(x.view(p.shape), alpha=-group['lr'] * size)
+                    p.add_(share(x.view(p.shape).to(p.dtype), p), alpha=-group['lr'] * size)
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay, betas=(0.9, 0.95)):
@@ -455,6 +529,8 @@ def restore_optimizers(optimizers, saved):
                     raise ValueError(f"parameter {i} has another shape")
             groups = optimizer.state_dict()['param_groups']
             optimizer.load_state_dict(dict(state=old['state'], param_groups=groups))
+            for p, moments in optimizer.state.items():
+                moments.update((name, share(moments[name], p)) for name in names if name != 'step')
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
         fail(f"the optimizers' state in the checkpoint is not of this model ({type(e).__name__}: {e})")
 
@@ -507,6 +583,12 @@ def batch_at(split, starts, block_size):
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
+def target_positions(targets):
+    """(N,) int64: where in targets.flatten() the targets are. Found on the host, which would have to wait for
+    a GPU to learn how many there are."""
+    return torch.from_numpy(np.flatnonzero(targets.numpy() != -100))
+
+
 # ---- held-out loss and a sample ----
 
 def held_out_loss(model, run, split, block_size, batch_size, eval_iters):
@@ -518,15 +600,15 @@ def held_out_loss(model, run, split, block_size, batch_size, eval_iters):
 
 def mean_loss(model, run, rows, make_batch, batch_size):
     """Mean nats per target over all rows, in evaluation mode; ranks share the work."""
-    mine, total, count = rows[run.rank::run.world_size], 0.0, 0
+    mine, losses, counts = rows[run.rank::run.world_size], [], []
     with evaluating(model):
         for i in range(0, len(mine), batch_size):
-            x, y, segments = to_device(make_batch(mine[i:i + batch_size]), run.device)
+            batch = make_batch(mine[i:i + batch_size])
+            counts.append((batch[1] != -100).sum().item())
+            x, y, segments = to_device(batch, run.device)
             with run.autocast():
-                loss = model(x, y, segments=segments, head=False)[1]
-            n = (y != -100).sum().item()
-            total, count = total + loss.item() * n, count + n
-    total, count = run.sum(total, count)
+                losses.append(model(x, y, segments=segments, head=False)[1])
+    total, count = run.sum(sum(loss.item() * n for loss, n in zip(losses, counts)), sum(counts))
     return total / max(1, count)
 
 

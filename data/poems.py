@@ -30,7 +30,6 @@ one or three. Without both a small model does not rhyme at all: 2% of its poems 
 """
 import csv
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -266,17 +265,18 @@ def pairs(poems, poets, judge):
 
 
 def own_pairs(samples, judge):
-    """Records for DPO from a model's own samples, (order, [answers]) of training orders: chosen is one that
-    has all marks and copies nothing, rejected the one of the others that is nearest to it in length."""
+    """Records for DPO from a model's own samples, (order, [answers]) of training orders: chosen is each that
+    has all marks and copies nothing, rejected of the others the one that is nearest to it in length, once."""
     for order, answers in samples:
         good, bad = [], []
         for answer in answers:
             marks = judge.marks(answer, order)
             passes = not marks.pop('copied') and all(marks[name] for name in marks if name != 'line_tones')
             (good if passes else bad).append(answer)
-        if good and bad:
-            nearest = min(itertools.product(good, bad), key=lambda two: abs(len(two[0]) - len(two[1])))
-            yield pair(order, *nearest, 'train', 'own')
+        for chosen in good[:len(bad)]:
+            rejected = min(bad, key=lambda answer: abs(len(answer) - len(chosen)))
+            bad.remove(rejected)
+            yield pair(order, chosen, rejected, 'train', 'own')
 
 
 def labelled(poems):

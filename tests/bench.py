@@ -46,7 +46,7 @@ import sample  # noqa: E402  (the line above makes it importable)
 from configurator import start_run  # noqa: E402
 from dpo import answer_log_probs, batch_at, dpo_loss  # noqa: E402
 from prepare import read_pieces, read_split, write_data  # noqa: E402
-from pretrain import flops_per_token, make_optimizers, new_model  # noqa: E402
+from pretrain import flops_per_token, make_optimizers, new_model, target_positions  # noqa: E402
 from sft import Rows, learnable  # noqa: E402
 from train_tokenizer import Tokenizer, train_bpe  # noqa: E402
 
@@ -354,6 +354,7 @@ def dpo(count=8, length=256, rounds=3, mini=MINIMIND):
     which asks it for the logits of all tokens."""
     with tempfile.TemporaryDirectory() as folder:
         x, y = batch_at(prepared(folder, 'pydoc_dpo'), range(count), length)
+    at = target_positions(y)
 
     def all_log_probs(model):                                               # MiniMind's
         log_probs = F.log_softmax(model(x).logits, dim=-1).gather(2, y.clamp(min=0)[..., None])[..., 0]
@@ -371,7 +372,7 @@ def dpo(count=8, length=256, rounds=3, mini=MINIMIND):
         return Step(model, loss, optimizers, dtype)
 
     models = [our_model(vocab_size=6400, block_size=length, **mini) for _ in range(3)]
-    steps = {name: make(model, reference, lambda model: answer_log_probs(model, x, y),
+    steps = {name: make(model, reference, lambda model: answer_log_probs(model, x, y, at),
                         make_optimizers(model, 'adamw', 1e-4, 0.0), our_dtype())
              for name, model, reference in (('ours', models[0], None), ('two models', models[1], models[2]))}
     if minimind := PEERS['minimind']:

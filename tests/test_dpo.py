@@ -12,6 +12,7 @@ from configurator import start_run
 from dpo import answer_log_probs, batch_at, dpo_loss, learnable, open_pairs, reference_log_probs
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import Split, encode_pair, pair_of
+from pretrain import target_positions
 from sample import load_run
 from train_tokenizer import encode_chat
 
@@ -67,15 +68,16 @@ def test_log_probs_are_sums_over_the_answer():
     tokens, targets = pairs_of(4, [3, 7, 1, 20])
     log_p = model(tokens)[0].log_softmax(-1)
     wanted = [sum(log_p[b, t, targets[b, t]] for t in range(20) if targets[b, t] != -100) for b in range(4)]
-    torch.testing.assert_close(answer_log_probs(model, tokens, targets), torch.stack(wanted))
+    found = answer_log_probs(model, tokens, targets, target_positions(targets))
+    torch.testing.assert_close(found, torch.stack(wanted))
 
 
 def test_padding_changes_nothing():
     model = small_model()
     tokens, targets = pairs_of(2, [4, 9])
     padded = [torch.cat([t, torch.full((2, 13), pad)], 1) for t, pad in ((tokens, 0), (targets, -100))]
-    torch.testing.assert_close(answer_log_probs(model, *padded),
-                               answer_log_probs(model, tokens, targets))
+    torch.testing.assert_close(*(answer_log_probs(model, x, y, target_positions(y))
+                                 for x, y in (padded, (tokens, targets))))
 
 
 # ---- data ----

@@ -67,8 +67,9 @@ def prepared(tmp_path, tokenizer):
     ('pretrain', 'train_tokens', lambda a: a[:-1], 'tokens are uint16'),
     ('pretrain', 'train_tokens', lambda a: a[None], 'tokens are uint16 (1, '),
     ('pretrain', 'val_tokens', lambda a: np.append(a[:-1], a.dtype.type(350)), "not below the vocabulary's"),
-    ('pretrain', 'train_mask', lambda a: a + a, 'the mask is not of 0 and 1'),
-    ('pretrain', 'train_mask', lambda a: a.astype(bool), 'mask are bool'),
+    ('sft', 'train_mask', lambda a: a + a, 'the mask is not of 0 and 1'),
+    ('sft', 'train_mask', lambda a: a.astype(bool), 'mask are bool'),
+    ('cls', 'train_mask', lambda a: a[:-1], 'mask are uint8'),
     ('sft', 'train_offsets', lambda a: a[::-1], 'offsets do not ascend'),
     ('sft', 'train_offsets', lambda a: a + 1, 'offsets do not ascend'),
     ('sft', 'val_offsets', lambda a: a * 2, 'offsets do not ascend'),
@@ -84,6 +85,18 @@ def test_a_damaged_array_is_one_line(prepared, tokenizer, refused, task, array, 
     path = folder / f'{array}.npy'
     np.save(path, change(np.load(path)))
     refused(words, open_data, RUN, str(folder), task, tokenizer)
+
+
+def test_a_mask_that_meta_json_tells_of_must_be_there(prepared, tokenizer, refused):
+    folder = prepared('pretrain')
+    assert not (folder / 'train_mask.npy').exists()
+    meta = json.loads((folder / 'meta.json').read_text())
+    for targets in (meta['train']['tokens'] - 1, None):         # None: of older code, which always wrote one
+        meta['train']['targets'] = targets
+        (folder / 'meta.json').write_text(json.dumps(meta))
+        refused('train is damaged (FileNotFoundError', open_data, RUN, str(folder), 'pretrain', tokenizer)
+    (prepared('sft') / 'val_mask.npy').unlink()
+    refused('val is damaged (FileNotFoundError', open_data, RUN, str(folder.parent / 'sft'), 'sft', tokenizer)
 
 
 @pytest.mark.parametrize('change, words', [

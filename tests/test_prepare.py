@@ -8,9 +8,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from conftest import TEXT
 
 import prepare
 from prepare import HERE, Piece, messages_of, read_labelled, read_meta, read_pieces, read_split, write_data
+from pretrain import batch_at
 from train_tokenizer import ALPACA_PREFACE, encode_chat
 
 
@@ -352,3 +355,20 @@ def test_a_last_document_that_fills_the_batch_is_all(tmp_path, byte_tokenizer):
     pieces = [Piece('val', 'a b'), Piece('train', 'a b ' * (1 << 18))]
     meta = write_data(tmp_path / 'data', byte_tokenizer, pieces, 'text')
     assert [meta[split]['documents'] for split in ('train', 'val')] == [1, 1]
+
+
+def test_where_all_tokens_are_targets_there_is_no_mask(script, tmp_path, tokenizer):
+    """It would be a byte a token. Read back it is one number, however often it is asked for."""
+    texts = [Piece(split, TEXT) for split in ('train', 'train', 'val')]
+    meta = write_data(str(tmp_path / 'd'), tokenizer, texts, 'test')
+    assert {path.name for path in (tmp_path / 'd').glob('*.npy')} == {
+        f'{split}_{field}.npy' for split in ('train', 'val') for field in ('tokens', 'offsets')}
+    train, n = read_split(str(tmp_path / 'd'), 'train'), meta['train']['tokens']
+    assert meta['train']['targets'] == n and train.mask.shape == (n,) and train.mask.all()
+    assert train.mask.dtype == np.uint8 and train.mask.strides == (0,)
+    ones = train._replace(mask=np.ones(n, dtype=np.uint8))
+    for found, wanted in zip(batch_at(train, [0, 9, n - 5], 16), batch_at(ones, [0, 9, n - 5], 16)):
+        assert torch.equal(found, wanted)
+    done = script('pretrain.py', '--dataset=./d', '--n_layer=1', '--n_embd=32', '--block_size=16',
+                  '--max_iters=1', '--device=cpu', '--eval_iters=1', '--out_dir=run').stdout
+    assert 'training loss' in done

@@ -26,9 +26,12 @@ def data(tokenizer, tmp_path_factory):
     """A prepared data set in which a third of the tokens are no targets, unevenly spread."""
     folder = tmp_path_factory.mktemp('data') / 'rules'
     pieces = [Piece('train', TEXT * 20), Piece('val', TEXT)]
-    write_data(str(folder), tokenizer, pieces, 'test')
-    mask = np.load(folder / 'train_mask.npy', mmap_mode='r+')
-    mask[:] = np.random.default_rng(0).random(len(mask)) < np.linspace(0.3, 1, len(mask))
+    meta = write_data(str(folder), tokenizer, pieces, 'test')
+    n = meta['train']['tokens']
+    mask = (np.random.default_rng(0).random(n) < np.linspace(0.3, 1, n)).astype(np.uint8)
+    np.save(folder / 'train_mask.npy', mask)
+    meta['train']['targets'] = int(mask.sum())
+    (folder / 'meta.json').write_text(json.dumps(meta))
     return folder
 
 

@@ -1,0 +1,130 @@
+"""Which model fits which GPU: the memory of a training step, in GB of 10^9 bytes, without taking it.
+
+    python tests/memory.py                                  # the table of the README
+    python tests/memory.py config/gpt2_124m.py --batch_size=4 --optimizer=muon --activation_checkpointing
+    python tests/memory.py config/gpt2_124m.py --ranks=8    # of one rank of eight, with parallel=fsdp
+
+Two steps are taken with tensors that have shapes and no numbers (torch's FakeTensorMode), and the most bytes
+that would be alive at once are counted: weights, moments, what there is of gradients then, and activations,
+which are the rest. tests/test_memory.py holds the sum to what torch's profiler measures on a CPU. On a GPU
+kernels keep a little more or less, and driver and allocator take some more: leave a GB or two.
+"""
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pretrain  # noqa: E402  (the line above makes it importable)
+from configurator import Run, configure, read_config_file  # noqa: E402
+
+GPUS = (8, 12, 16, 24, 40, 80)      # GB
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors made under it that are alive at once, and those of gradients among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.known, self.params, self.gradients = 0, 0, set(), [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.count(storage._cdata, storage.nbytes())
+                    weakref.finalize(storage, self.count, storage._cdata, -storage.nbytes())
+        return out
+
+    def count(self, key, n):
+        (self.known.add if n >= 0 else self.known.discard)(key)
+        self.alive += n
+        if self.alive > self.peak:
+            self.peak = self.alive
+            self.gradients = sum(4 * p.numel() for p in self.params if p.grad is not None)
+
+
+def take_steps(config, vocab_size, ranks=1, params=None):
+    """Train a new model for two steps on rows of zeros, as the loop does. Returns model and optimizers."""
+    run = Run(torch.device('cpu'), getattr(torch, config['dtype']), 0, ranks)
+    model = pretrain.new_model(config, vocab_size).train()
+    pretrain.spread_over_ranks(run, config, model)
+    if params is not None:
+        params.extend(model.parameters())
+    optimizers = pretrain.make_optimizers(model, config['optimizer'], 1e-3, config['weight_decay'])
+    x = torch.zeros(config['batch_size'], config['block_size'], dtype=torch.long)
+    for _ in range(2):
+        with run.autocast():
+            loss = model(x, x)[1]
+            loss = loss + model.auxiliary_loss(x == 0)
+        loss.backward()
+        del loss
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return model, optimizers
+
+
+def step_bytes(config, vocab_size, ranks=1):
+    """{part: bytes} of a step on one rank of so many under fsdp."""
+    with FakeTensorMode(), Peak() as peak:
+        model, optimizers = take_steps({**config, 'parallel': 'ddp'}, vocab_size, params=peak.params)
+        weights = 4 * sum(p.numel() for p in model.parameters())
+        moments = sum(t.untyped_storage().nbytes() for optimizer in optimizers
+                      for state in optimizer.state.values() for t in state.values())
+        blocks = [4 * sum(p.numel() for p in block.parameters()) for block in pretrain.blocks(model)]
+    parts = dict(weights=weights, gradients=peak.gradients, moments=moments,
+                 activations=peak.peak - weights - peak.gradients - moments)
+    if ranks > 1:
+        # whole on each rank are embedding and head, and two blocks, as the next is fetched; gradients so long
+        gathered = 2 * (weights - sum(blocks) + 2 * max(blocks))
+        parts.update({part: parts[part] // ranks for part in ('weights', 'gradients', 'moments')},
+                     gathered=gathered)
+    return parts
+
+
+def fits(n):
+    return next((f'{gpu} GB' for gpu in GPUS if n / 1e9 < gpu - 1), 'none')
+
+
+def table():
+    """Sizes of both models, at what their folders in config/ ask for: AdamW and Muon, all activations kept or
+    those of one block, one GPU or eight."""
+    gpt2 = {name: (dict(model='gpt2', n_layer=layers, n_head=heads, n_embd=width, block_size=1024,
+                        batch_size=8), 50257)
+            for name, layers, heads, width in (('gpt2', 12, 12, 768), ('gpt2-medium', 24, 16, 1024),
+                                               ('gpt2-large', 36, 20, 1280), ('gpt2-xl', 48, 25, 1600))}
+    ours = {name: ({key: value for key, (value, _) in read_config_file(f'config/{name}.py').items()}, 6400)
+            for name in ('minimind2_small', 'minimind2', 'minimind2_moe', 'minimind3', 'minimind3_moe')}
+    defaults = {key: value for key, value in vars(pretrain).items() if type(value) in (bool, int, float, str)}
+    print("| model | parameters | rows x tokens | AdamW | Muon | AdamW, checkpointed | Muon, checkpointed | "
+          "AdamW, checkpointed, fsdp on 8 |\n" + "|---" * 8 + "|")
+    for name, (sizes, vocab_size) in {**ours, **gpt2}.items():
+        cells = []
+        for optimizer, checkpointed, ranks in (('adamw', False, 1), ('muon', False, 1), ('adamw', True, 1),
+                                               ('muon', True, 1), ('adamw', True, 8)):
+            config = {**defaults, **sizes, 'dtype': 'bfloat16', 'optimizer': optimizer,
+                      'activation_checkpointing': checkpointed}
+            parts = step_bytes(config, vocab_size, ranks)
+            cells.append(f"{sum(parts.values()) / 1e9:.1f} ({fits(sum(parts.values()))})")
+        print(f"| {name} | {parts['weights'] * 2 / 1e6:,.0f}M | {config['batch_size']} x "
+              f"{config['block_size']:,} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == '__main__':
+    if len(sys.argv) == 1:
+        sys.exit(table())
+    ranks = [int(arg[8:]) for arg in sys.argv if arg.startswith('--ranks=')] or [1]
+    sys.argv = [arg for arg in sys.argv if not arg.startswith('--ranks=')] + ['--eval_only']
+    config = configure(vars(pretrain), pretrain.ONLY)
+    parts = step_bytes(config, 50257 if config['tokenizer'] == 'gpt2' else 6400, *ranks)
+    print(f"{sum(parts.values()) / 1e9:.2f} GB: "
+          + ', '.join(f"{n / 1e9:.2f} {part}" for part, n in parts.items()))

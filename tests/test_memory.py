@@ -1,0 +1,58 @@
+"""tests/memory.py: what it says without taking memory is what torch's profiler measures."""
+import pytest
+from conftest import ROOT, numbers
+from memory import step_bytes, take_steps
+from torch.profiler import ProfilerActivity, profile
+
+import pretrain
+from configurator import LOOP
+
+CONFIG = {**{key: value for key, value in vars(pretrain).items() if type(value) in (bool, int, float, str)},
+          **{key: default for key, (default, _) in LOOP.items()}, 'n_layer': 3, 'n_head': 4, 'n_embd': 128,
+          'batch_size': 4, 'block_size': 128, 'dtype': 'bfloat16'}
+
+
+def measured(config, ranks=1):
+    """The most bytes that the allocator had given out at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        take_steps(config, 1000, ranks)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == '[memory]']
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize('changes', [
+    dict(model='gpt2', optimizer='adamw'), dict(model='gpt2', activation_checkpointing=True),
+    dict(dtype='float32'), dict(optimizer='adamw', dropout=0.1),
+    dict(use_moe=True, activation_checkpointing=True)], ids=str)
+def test_it_is_what_a_profiler_measures(changes):
+    config = {**CONFIG, **changes}
+    parts = step_bytes(config, 1000)
+    assert sum(parts.values()) == pytest.approx(measured(config), rel=0.01)
+    least = 1 if config['optimizer'] == 'muon' else 2            # moments, each as large as the weights
+    assert least <= parts['moments'] / parts['weights'] < least + 0.5
+
+
+RANKS = """
+import torch.distributed as dist
+from test_memory import CONFIG, measured
+dist.init_process_group('gloo')
+config = {**CONFIG, 'model': 'gpt2', 'n_layer': 6, 'parallel': 'fsdp', 'activation_checkpointing': True}
+peak = measured(config, ranks=2)
+if dist.get_rank() == 0:
+    print('peak', peak)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_shared_out_over_ranks_it_is_no_more_than_said(script, tmp_path):
+    (tmp_path / 'ranks.py').write_text(RANKS)
+    done = script(tmp_path / 'ranks.py', torchrun=2, env={'PYTHONPATH': f'{ROOT}:{ROOT}/tests'})
+    peak, = numbers(r'peak (\d+)', done.stdout)
+    config = {**CONFIG, 'model': 'gpt2', 'n_layer': 6, 'activation_checkpointing': True}
+    said, alone = (sum(step_bytes(config, 1000, ranks).values()) for ranks in (2, 1))
+    assert 0.85 * said < peak < said < alone
