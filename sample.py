@@ -161,22 +161,25 @@ def generate(model, tokens, max_new_tokens, stop=(), generator=None, padding=Non
     context = model.config.context
     ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
     stop = torch.tensor(sorted(stop), dtype=torch.long, device=tokens.device)
-    padding = torch.zeros(B, dtype=torch.long, device=tokens.device) if padding is None else padding
+    padding = padding if padding is not None and padding.any() else None       # none is faster than zeros
     # what a row is padded with is no part of its text, but its last token is
-    seen = torch.where(torch.arange(T, device=tokens.device) < padding[:, None], tokens[:, -1:], tokens)
+    seen = tokens if padding is None else torch.where(
+        torch.arange(T, device=tokens.device) < padding[:, None], tokens[:, -1:], tokens)
     cache = None
     for _ in range(max_new_tokens):
         if seen.size(1) > context:
             if on_full == 'stop':
                 return
             half = max(1, context // 2)
-            padding = (padding - (seen.size(1) - half)).clamp(min=0)
+            if padding is not None:
+                padding = (padding - (seen.size(1) - half)).clamp(min=0)
             seen, cache = seen[:, -half:], None         # positions start again, so all is read again
         if cache is None or not use_cache:
             cache = model.make_cache(B, min(seen.size(1) + max_new_tokens, context))
             cache.padding = padding
             tokens = seen
-        logits = model(tokens, cache=cache)[0][:, -1, :vocab_size]         # first the prompt, then one token
+        hidden, _ = model(tokens, cache=cache, head=False)                 # first the prompt, then one token
+        logits = model.lm_head(hidden[:, -1])[:, :vocab_size]              # (B, T, C) -> (B, V)
         new = torch.where(ended, tokens[:, -1], choose(logits, seen, generator=generator, **how))
         if watch:
             watch(logits, seen, new)
@@ -212,9 +215,11 @@ class Stream:
     def __init__(self, tokenizer, prompt, stop=(), known=float('inf')):
         """prompt: the ids before the first new token. stop: the texts at which this one ends. known: tokens
         from which on the text is longer than the model has learned to read."""
-        self.tokenizer, self.prompt, self.known = tokenizer, list(prompt), known
-        self.stop = [s for s in stop if s]
-        self.new, self.text, self.shown, self.ended = [], '', 0, False
+        self.tokenizer, self.known, self.stop = tokenizer, known, [s for s in stop if s]
+        self.new, self.text, self.whole, self.shown, self.ended = [], '', 0, 0, False
+        # a token is decoded behind the last ones that made whole characters: some decoders drop a first space
+        self.window, self.old, self.length = list(prompt), len(prompt), len(prompt)
+        self.before = len(tokenizer.decode(self.window))
 
     def add(self, token):
         """Take the next token, and return the text it makes certain."""
@@ -223,16 +228,19 @@ class Stream:
         if token in self.tokenizer.ends:
             return self.finish()
         self.new.append(token)
-        if len(self.prompt) + len(self.new) > self.known:
+        if self.length + len(self.new) > self.known:
             warn(f"(from here on the text is longer than the {self.known:,} tokens the model is trained on)")
-        before = len(self.tokenizer.decode(self.prompt))
-        self.text = self.tokenizer.decode(self.prompt + self.new)[before:]
-        found = [self.text.find(s) for s in self.stop if s in self.text]
+        self.window.append(token)
+        piece = self.tokenizer.decode(self.window)[self.before:]
+        self.text = self.text[:self.whole] + piece
+        found = [at for s in self.stop if (at := self.text.find(s, self.shown)) >= 0]
         if found:
             self.text = self.text[:min(found)]
             return self.finish()
-        if self.text.endswith('\ufffd'):
+        if not piece or piece.endswith('\ufffd'):
             return ''
+        self.window, self.whole = self.window[self.old:], len(self.text)
+        self.old, self.before = len(self.window), len(self.tokenizer.decode(self.window))
         held = max((n for s in self.stop for n in range(len(s)) if self.text.endswith(s[:n])), default=0)
         return self.show(len(self.text) - held)
 
