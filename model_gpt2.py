@@ -279,7 +279,7 @@ class GPT2(nn.Module):
 
     def make_cache(self, batch_size, max_tokens):
         """An empty KV cache for `max_tokens` tokens, prompt and answer together."""
-        return KVCache(self.config, batch_size, max_tokens, like=self.lm_head.weight)
+        return KVCache(self.config, batch_size, max_tokens, like=self.transformer.wte.weight)
 
     @classmethod
     def from_pretrained(cls, source, **changes):

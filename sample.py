@@ -31,6 +31,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from configurator import (at_least, bare_weights, between, build_model, check_weights, configure, draw, fail,
                           fingerprint, load_checkpoint, make_folder, one_of, parse, read_file, read_json,
@@ -70,7 +72,7 @@ plot = False                # draw the first token's distribution at several tem
 use_cache = True            # False reads the whole text anew for each token, to see what the KV cache saves
 # the machine
 device = 'auto'             # 'auto' takes cuda, then mps, then cpu
-dtype = 'auto'              # 'float32', 'bfloat16' or 'float16'; 'auto' is bfloat16 where that is fast
+dtype = 'auto'              # 'float32', 'bfloat16', 'float16', or, on a CPU, 'int8'; 'auto': bfloat16 or float32
 
 SPEAKING = ('chat start lines num_samples max_new_tokens stop on_full temperature top_k top_p min_p '
             'repetition_penalty seed show_probs plot use_cache')       # settings that no export asks for
@@ -144,7 +146,7 @@ def left_pad(prompts, device='cpu'):
     return torch.tensor(rows, device=device), torch.tensor(padding, device=device)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, tokens, max_new_tokens, stop=(), generator=None, padding=None, on_full='stop',
              vocab_size=None, use_cache=True, watch=None, **how):
     """Continue a batch of prompts; yield the next token of every row, (B,), as it comes.
@@ -427,6 +429,54 @@ def add_adapters(model, checkpoint):
         W += how['alpha'] / rank * B.to(W) @ A.to(W)
 
 
+class PackedLinear(nn.Module):
+    """A linear layer whose weights lie in memory in the order in which the CPU's kernel (oneDNN) reads them:
+    nn.Linear brings them into it again for each product, which for few rows takes longer than the product."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach()), linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+
+
+class Int8Linear(nn.Module):
+    """A linear layer in a quarter of the bytes (weight-only int8): each output has a scale of its own, and
+    its weights are whole numbers of it, from -127 to 127. x (..., in) in bfloat16 -> (..., out)."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()                                        # (out, in)
+        scale = weight.abs().amax(dim=1).clamp(min=1e-9) / 127                         # (out,)
+        self.register_buffer('weight', (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer('scale', scale.bfloat16())
+        self.bias = linear.bias
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        if len(rows) <= 16:                             # reading the weights takes longer than the product
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def for_decoding(model, dtype, int8=False):
+    """The model in dtype, once for all tokens; on a CPU its linear layers become the faster ones above. With
+    int8 these are in int8. Embeddings stay, those that are the head's, too; and routers and their experts."""
+    if not int8:
+        model.to(dtype)                                 # int8 is rounded from float32
+    packs = dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    packs = packs and model.lm_head.weight.is_cpu and torch.backends.cpu.get_cpu_capability()[:3] == 'AVX'
+    for parent in list(model.modules()) if packs or int8 else ():
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear) and name != 'gate':
+                setattr(parent, name, Int8Linear(layer) if int8 else PackedLinear(layer))
+    return model.to(dtype)
+
+
 def load_start(run, config):
     """What load_run finds in init_from, where a stage starts, or to resume in out_dir."""
     how = run.device, config.get('dropout', 0.0), config['block_size']
@@ -658,14 +708,18 @@ if __name__ == '__main__':
         '!export_dir': SPEAKING, '!export_gguf': f'{SPEAKING} export_dir',
         '!chat': 'start lines num_samples stop show_probs plot on_full use_cache'},
         num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0), top_p=between(0, 1),
-        min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'))
+        min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'),
+        dtype=one_of('auto', 'float32', 'bfloat16', 'float16', 'int8'))
     if export_dir:
         refuse_model(export_dir, 'export_dir')
     if os.path.exists(export_gguf):
         fail(f"--export_gguf={export_gguf} is there already: choose another name, or remove that")
     if export_gguf and not importlib.util.find_spec('gguf'):
         fail("--export_gguf needs a package: pip install gguf")
-    run = start_run(device, dtype, seed)
+    int8 = dtype == 'int8'
+    run = start_run(device, 'bfloat16' if int8 else dtype, seed)
+    if int8 and (export_dir or export_gguf or run.device.type != 'cpu'):
+        fail("--dtype=int8 is a way to decode on a CPU: for an export or a GPU choose --dtype=bfloat16")
     source = init_from or out_dir
     model, tokenizer, checkpoint = load_run(source, run.device, yarn_factor=yarn_factor,
                                             given=parse_given(weights_config))
@@ -676,7 +730,9 @@ if __name__ == '__main__':
         merged = ", its adapters merged" if 'adapters' in (checkpoint or {}) else ""
         print(f"wrote {target}{merged}, which {'transformers' if export_dir else 'llama.cpp'} loads")
         sys.exit()
-    model.to(run.dtype)
+    if int8 and model.config.use_moe:
+        fail(f"--dtype=int8 is for dense models, and {source} is a mixture of experts: choose --dtype=bfloat16")
+    model = for_decoding(model, run.dtype, int8)
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                repetition_penalty=repetition_penalty)
     generator = torch.Generator(run.device).manual_seed(seed)
