@@ -72,7 +72,7 @@ plot = False                # draw the first token's distribution at several tem
 use_cache = True            # False reads the whole text anew for each token, to see what the KV cache saves
 # the machine
 device = 'auto'             # 'auto' takes cuda, then mps, then cpu
-dtype = 'auto'              # 'float32', 'bfloat16', 'float16', or, on a CPU, 'int8'; 'auto': bfloat16 or float32
+dtype = 'auto'              # 'float32', 'bfloat16', 'float16', 'int8' (CPU); 'auto' is bfloat16 where that is fast
 
 SPEAKING = ('chat start lines num_samples max_new_tokens stop on_full temperature top_k top_p min_p '
             'repetition_penalty seed show_probs plot use_cache')       # settings that no export asks for
@@ -468,8 +468,9 @@ def for_decoding(model, dtype, int8=False):
     int8 these are in int8. Embeddings stay, those that are the head's, too; and routers and their experts."""
     if not int8:
         model.to(dtype)                                 # int8 is rounded from float32
-    packs = dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    packs = packs and model.lm_head.weight.is_cpu and torch.backends.cpu.get_cpu_capability()[:3] == 'AVX'
+    packs = (model.lm_head.weight.is_cpu and torch.backends.cpu.get_cpu_capability().startswith('AVX')
+             and torch.backends.mkldnn.is_available() and (dtype == torch.float32 or (
+                 dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())))
     for parent in list(model.modules()) if packs or int8 else ():
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Linear) and name != 'gate':
