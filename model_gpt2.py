@@ -190,7 +190,8 @@ class Block(nn.Module):
 
 def positions_and_mask(tokens, cache, segments, context):
     """The position of each token, (1, T) or (B, T), and what each query may look at, (B, 1, T, S) bool; None
-    is plain causal order, in which one token sees all before it. S counts the tokens in the cache too. tokens, cache, segments: as in forward."""
+    is plain causal order, in which a single token sees all before it. S counts the tokens in the cache too.
+    tokens, cache, segments: as in forward."""
     assert cache is None or segments is None, "a cache holds one document per row"
     past, limit = (cache.length, cache.max_tokens) if cache else (0, context)
     end = past + tokens.size(1)

@@ -164,7 +164,7 @@ class KVCache:
     keys, values: one (B, H_kv, max_tokens, D) tensor per layer. length: tokens held, the same for every row.
     padding (B,): how many tokens at the left of each row are padding, None for none; set it before the first
     call. Rows of different length are padded there, so that all end together. Padding is never looked at, and
-    positions count from the first real token. like: a tensor on the device and of the dtype to store them in."""
+    positions count from the first real token. like: a tensor on the device and of the dtype to store in."""
 
     def __init__(self, config, batch_size, max_tokens, like):
         if max_tokens > config.context:
@@ -378,7 +378,8 @@ class Block(nn.Module):
 
 def positions_and_mask(tokens, cache, segments, context):
     """The position of each token, (1, T) or (B, T), and what each query may look at, (B, 1, T, S) bool; None
-    is plain causal order, in which one token sees all before it. S counts the tokens in the cache too. tokens, cache, segments: as in forward."""
+    is plain causal order, in which a single token sees all before it. S counts the tokens in the cache too.
+    tokens, cache, segments: as in forward."""
     assert cache is None or segments is None, "a cache holds one document per row"
     past, limit = (cache.length, cache.max_tokens) if cache else (0, context)
     end = past + tokens.size(1)

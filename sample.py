@@ -72,7 +72,7 @@ plot = False                # draw the first token's distribution at several tem
 use_cache = True            # False reads the whole text anew for each token, to see what the KV cache saves
 # the machine
 device = 'auto'             # 'auto' takes cuda, then mps, then cpu
-dtype = 'auto'              # 'float32', 'bfloat16', 'float16', 'int8' (CPU); 'auto' is bfloat16 where that is fast
+dtype = 'auto'              # 'float32', 'bfloat16', 'float16', on a CPU 'int8'; 'auto': bfloat16 where fast
 
 SPEAKING = ('chat start lines num_samples max_new_tokens stop on_full temperature top_k top_p min_p '
             'repetition_penalty seed show_probs plot use_cache')       # settings that no export asks for
@@ -732,7 +732,7 @@ if __name__ == '__main__':
         print(f"wrote {target}{merged}, which {'transformers' if export_dir else 'llama.cpp'} loads")
         sys.exit()
     if int8 and model.config.use_moe:
-        fail(f"--dtype=int8 is for dense models, and {source} is a mixture of experts: choose --dtype=bfloat16")
+        fail(f"--dtype=int8 is for dense models, {source} is a mixture of experts: choose --dtype=bfloat16")
     model = for_decoding(model, run.dtype, int8)
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                repetition_penalty=repetition_penalty)
