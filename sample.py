@@ -455,7 +455,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)
-        if len(rows) <= 16:                             # reading the weights takes longer than the product
+        # for few rows reading the weights takes longer than the product. The kernel reads 32 at a time
+        if len(rows) <= 16 and x.size(-1) % 32 == 0:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
@@ -466,15 +467,13 @@ class Int8Linear(nn.Module):
 def for_decoding(model, dtype, int8=False):
     """The model in dtype, once for all tokens; on a CPU its linear layers become the faster ones above. With
     int8 these are in int8. Embeddings stay, those that are the head's, too; and routers and their experts."""
-    if not int8:
-        model.to(dtype)                                 # int8 is rounded from float32
     packs = (model.lm_head.weight.is_cpu and torch.backends.cpu.get_cpu_capability().startswith('AVX')
              and torch.backends.mkldnn.is_available() and (dtype == torch.float32 or (
                  dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())))
     for parent in list(model.modules()) if packs or int8 else ():
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Linear) and name != 'gate':
-                setattr(parent, name, Int8Linear(layer) if int8 else PackedLinear(layer))
+                setattr(parent, name, Int8Linear(layer) if int8 else PackedLinear(layer.to(dtype)))
     return model.to(dtype)
 
 

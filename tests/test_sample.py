@@ -178,9 +178,9 @@ def test_the_head_is_asked_only_where_a_token_is_chosen(model):
 # ---- decoding on a CPU ----
 
 @pytest.mark.parametrize('bias', [False, True])
-@pytest.mark.parametrize('shape', [(1, 1), (16, 1), (3, 40)])
+@pytest.mark.parametrize('shape', [(1, 1, 512), (16, 1, 512), (3, 40, 512), (2, 1, 500)])
 def test_packed_and_int8_layers_compute_the_product(shape, bias):
-    layer, x = torch.nn.Linear(512, 384, bias), torch.randn(*shape, 512)
+    layer, x = torch.nn.Linear(shape[-1], 383, bias), torch.randn(shape)
     expected = layer(x)
     with torch.no_grad():
         if torch.backends.mkldnn.is_available():
