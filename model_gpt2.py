@@ -107,9 +107,9 @@ class KVCache:
     """Keys and values of the tokens already read, preallocated (chapter II-5).
 
     keys, values: one (B, H, max_tokens, D) tensor per layer. length: tokens held, the same for every row.
-    padding (B,): how many tokens at the left of each row are padding; set it before the first call. Rows of
-    different length are padded there, so that all end together. Padding is never looked at, and positions
-    count from the first real token. like: a tensor on the device and of the dtype to store them in.
+    padding (B,): how many tokens at the left of each row are padding, None for none; set it before the first
+    call. Rows of different length are padded there, so that all end together. Padding is never looked at, and
+    positions count from the first real token. like: a tensor on the device and of the dtype to store them in.
     """
 
     def __init__(self, config, batch_size, max_tokens, like):
@@ -118,8 +118,7 @@ class KVCache:
         shape = (batch_size, config.n_head, max_tokens, config.n_embd // config.n_head)
         self.keys = [like.new_zeros(shape) for _ in range(config.n_layer)]
         self.values = [like.new_zeros(shape) for _ in range(config.n_layer)]
-        self.max_tokens, self.length = max_tokens, 0
-        self.padding = like.new_zeros(batch_size, dtype=torch.long)
+        self.max_tokens, self.length, self.padding = max_tokens, 0, None
 
     def append(self, layer, k, v):
         """Store k, v (B, H, T, D) behind what is held; return all of them, (B, H, length + T, D)."""
@@ -153,7 +152,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                          # (B, H, S, D), S = past + T
         # plain_attention, in a kernel that never stores the scores; dropout falls on the softmax
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None,
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))             # (B, H, T, D) -> (B, T, C)
 
@@ -192,14 +191,16 @@ class Block(nn.Module):
 
 def positions_and_mask(tokens, cache, segments, context):
     """The position of each token, (1, T) or (B, T), and what each query may look at, (B, 1, T, S) bool; None
-    is plain causal order. S counts the tokens in the cache too. tokens, cache, segments: as in forward."""
+    is plain causal order, in which a single token sees all before it. S counts the tokens in the cache too.
+    tokens, cache, segments: as in forward."""
     assert cache is None or segments is None, "a cache holds one document per row"
     past, limit = (cache.length, cache.max_tokens) if cache else (0, context)
     end = past + tokens.size(1)
     if end > limit:
         raise ValueError(f"{end} tokens exceed the {'cache' if cache else 'context'} of {limit}")
     positions = torch.arange(past, end, device=tokens.device)[None]                    # (1, T)
-    if cache is None and segments is None:
+    padding = cache.padding if cache else None
+    if segments is None and padding is None and (past == 0 or tokens.size(1) == 1):
         return positions, None
     keys = torch.arange(end, device=tokens.device)                                     # (S,)
     itself, before = keys == positions.mT, keys < positions.mT                         # (T, S)
@@ -208,8 +209,8 @@ def positions_and_mask(tokens, cache, segments, context):
         starts = F.pad(segments.diff(dim=1), (1, 0), value=1) != 0                     # (B, T)
         first = torch.where(starts, positions, 0).cummax(dim=1).values                 # (B, T)
     else:
-        seen = (keys >= cache.padding[:, None])[:, None]                               # (B, 1, S)
-        first = cache.padding[:, None]                                                 # (B, 1)
+        first = positions.new_zeros(1, 1) if padding is None else padding[:, None]     # (B or 1, 1)
+        seen = (keys >= first)[:, None]                                                # (B or 1, 1, S)
     # each token sees itself, padding too, or its softmax would be NaN
     return (positions - first).clamp(min=0), (itself | before & seen)[:, None]
 
@@ -329,7 +330,7 @@ class GPT2(nn.Module):
 
     def make_cache(self, batch_size, max_tokens):
         """An empty KV cache for `max_tokens` tokens, prompt and answer together."""
-        return KVCache(self.config, batch_size, max_tokens, like=self.lm_head.weight)
+        return KVCache(self.config, batch_size, max_tokens, like=self.transformer.wte.weight)
 
     @classmethod
     def from_pretrained(cls, source, **changes):

@@ -35,6 +35,8 @@ from configurator import (at_least, bare_weights, between, build_model, check_we
                           refuse_model, replacing, start_run, tell)
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from model_gpt2 import GPT2, OFFICIAL, TRANSPOSED, GPT2Config
 from model_minimind import EXPERT_KEYS, MiniMind, MiniMindConfig, rope_table
@@ -71,7 +73,7 @@ plot = False                # draw the first token's distribution at several tem
 use_cache = True            # False reads the whole text anew for each token, to see what the KV cache saves
 # the machine
 device = 'auto'             # 'auto' takes cuda, then mps, then cpu
-dtype = 'auto'              # 'float32', 'bfloat16' or 'float16'; 'auto' is bfloat16 where that is fast
+dtype = 'auto'              # 'float32', 'bfloat16', 'float16', on a CPU 'int8'; 'auto': bfloat16 where fast
 
 SPEAKING = ('chat start lines num_samples max_new_tokens stop on_full temperature top_k top_p min_p '
             'repetition_penalty seed show_probs plot use_cache')       # settings that no export asks for
@@ -145,7 +147,7 @@ def left_pad(prompts, device='cpu'):
     return torch.tensor(rows, device=device), torch.tensor(padding, device=device)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, tokens, max_new_tokens, stop=(), generator=None, padding=None, on_full='stop',
              vocab_size=None, use_cache=True, watch=None, **how):
     """Continue a batch of prompts; yield the next token of every row, (B,), as it comes.
@@ -162,22 +164,25 @@ def generate(model, tokens, max_new_tokens, stop=(), generator=None, padding=Non
     context = model.config.context
     ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
     stop = torch.tensor(sorted(stop), dtype=torch.long, device=tokens.device)
-    padding = torch.zeros(B, dtype=torch.long, device=tokens.device) if padding is None else padding
+    padding = padding if padding is not None and padding.any() else None       # none is faster than zeros
     # what a row is padded with is no part of its text, but its last token is
-    seen = torch.where(torch.arange(T, device=tokens.device) < padding[:, None], tokens[:, -1:], tokens)
+    seen = tokens if padding is None else torch.where(
+        torch.arange(T, device=tokens.device) < padding[:, None], tokens[:, -1:], tokens)
     cache = None
     for _ in range(max_new_tokens):
         if seen.size(1) > context:
             if on_full == 'stop':
                 return
             half = max(1, context // 2)
-            padding = (padding - (seen.size(1) - half)).clamp(min=0)
+            if padding is not None:
+                padding = (padding - (seen.size(1) - half)).clamp(min=0)
             seen, cache = seen[:, -half:], None         # positions start again, so all is read again
         if cache is None or not use_cache:
             cache = model.make_cache(B, min(seen.size(1) + max_new_tokens, context))
             cache.padding = padding
             tokens = seen
-        logits = model(tokens, cache=cache)[0][:, -1, :vocab_size]         # first the prompt, then one token
+        hidden, _ = model(tokens, cache=cache, head=False)                 # first the prompt, then one token
+        logits = model.lm_head(hidden[:, -1])[:, :vocab_size]              # (B, T, C) -> (B, V)
         new = torch.where(ended, tokens[:, -1], choose(logits, seen, generator=generator, **how))
         if watch:
             watch(logits, seen, new)
@@ -213,9 +218,11 @@ class Stream:
     def __init__(self, tokenizer, prompt, stop=(), known=float('inf')):
         """prompt: the ids before the first new token. stop: the texts at which this one ends. known: tokens
         from which on the text is longer than the model has learned to read."""
-        self.tokenizer, self.prompt, self.known = tokenizer, list(prompt), known
-        self.stop = [s for s in stop if s]
-        self.new, self.text, self.shown, self.ended = [], '', 0, False
+        self.tokenizer, self.known, self.stop = tokenizer, known, [s for s in stop if s]
+        self.new, self.text, self.whole, self.shown, self.ended = [], '', 0, 0, False
+        # a token is decoded behind the last ones that made whole characters: some decoders drop a first space
+        self.window, self.old, self.length = list(prompt), len(prompt), len(prompt)
+        self.before = len(tokenizer.decode(self.window))
 
     def add(self, token):
         """Take the next token, and return the text it makes certain."""
@@ -224,16 +231,19 @@ class Stream:
         if token in self.tokenizer.ends:
             return self.finish()
         self.new.append(token)
-        if len(self.prompt) + len(self.new) > self.known:
+        if self.length + len(self.new) > self.known:
             warn(f"(from here on the text is longer than the {self.known:,} tokens the model is trained on)")
-        before = len(self.tokenizer.decode(self.prompt))
-        self.text = self.tokenizer.decode(self.prompt + self.new)[before:]
-        found = [self.text.find(s) for s in self.stop if s in self.text]
+        self.window.append(token)
+        piece = self.tokenizer.decode(self.window)[self.before:]
+        self.text = self.text[:self.whole] + piece
+        found = [at for s in self.stop if (at := self.text.find(s, self.shown)) >= 0]
         if found:
             self.text = self.text[:min(found)]
             return self.finish()
-        if self.text.endswith('\ufffd'):
+        if not piece or piece.endswith('\ufffd'):
             return ''
+        self.window, self.whole = self.window[self.old:], len(self.text)
+        self.old, self.before = len(self.window), len(self.tokenizer.decode(self.window))
         held = max((n for s in self.stop for n in range(len(s)) if self.text.endswith(s[:n])), default=0)
         return self.show(len(self.text) - held)
 
@@ -419,6 +429,54 @@ def add_adapters(model, checkpoint):
         if A is None or B is None or W is None or (*B.shape, *A.shape) != (len(W), rank, rank, W.size(-1)):
             raise ValueError(f"the adapter of {layer} does not fit its base")
         W += how['alpha'] / rank * B.to(W) @ A.to(W)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights lie in memory in the order in which the CPU's kernel (oneDNN) reads them:
+    nn.Linear brings them into it again for each product, which for few rows takes longer than the product."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach()), linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+
+
+class Int8Linear(nn.Module):
+    """A linear layer in a quarter of the bytes (weight-only int8): each output has a scale of its own, and
+    its weights are whole numbers of it, from -127 to 127. x (..., in) in bfloat16 -> (..., out)."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()                                        # (out, in)
+        scale = weight.abs().amax(dim=1).clamp(min=1e-9) / 127                         # (out,)
+        self.register_buffer('weight', (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer('scale', scale.bfloat16())
+        self.bias = linear.bias
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        # for few rows reading the weights takes longer than the product. The kernel reads 32 at a time
+        if len(rows) <= 16 and x.size(-1) % 32 == 0:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def for_decoding(model, dtype, int8=False):
+    """The model in dtype, once for all tokens; on a CPU its linear layers become the faster ones above. With
+    int8 these are in int8. Embeddings stay, those that are the head's, too; and routers and their experts."""
+    packs = (model.lm_head.weight.is_cpu and torch.backends.cpu.get_cpu_capability().startswith('AVX')
+             and torch.backends.mkldnn.is_available() and (dtype == torch.float32 or (
+                 dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())))
+    for parent in list(model.modules()) if packs or int8 else ():
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear) and name != 'gate':
+                setattr(parent, name, Int8Linear(layer) if int8 else PackedLinear(layer.to(dtype)))
+    return model.to(dtype)
 
 
 def load_start(run, config):
@@ -659,14 +717,18 @@ if __name__ == '__main__':
         '!export_dir': SPEAKING, '!export_gguf': f'{SPEAKING} export_dir',
         '!chat': 'start lines stop show_probs plot on_full use_cache'},
         num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0), top_p=between(0, 1),
-        min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'))
+        min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'),
+        dtype=one_of('auto', 'float32', 'bfloat16', 'float16', 'int8'))
     if export_dir:
         refuse_model(export_dir, 'export_dir')
     if os.path.exists(export_gguf):
         fail(f"--export_gguf={export_gguf} is there already: choose another name, or remove that")
     if export_gguf and not importlib.util.find_spec('gguf'):
         fail("--export_gguf needs a package: pip install gguf")
-    run = start_run(device, dtype, seed)
+    int8 = dtype == 'int8'
+    run = start_run(device, 'bfloat16' if int8 else dtype, seed)
+    if int8 and (export_dir or export_gguf or run.device.type != 'cpu'):
+        fail("--dtype=int8 is a way to decode on a CPU: for an export or a GPU choose --dtype=bfloat16")
     source = init_from or out_dir
     model, tokenizer, checkpoint = load_run(source, run.device, yarn_factor=yarn_factor,
                                             given=parse_given(weights_config))
@@ -677,7 +739,9 @@ if __name__ == '__main__':
         merged = ", its adapters merged" if 'adapters' in (checkpoint or {}) else ""
         print(f"wrote {target}{merged}, which {'transformers' if export_dir else 'llama.cpp'} loads")
         sys.exit()
-    model.to(run.dtype)
+    if int8 and model.config.use_moe:
+        fail(f"--dtype=int8 is for dense models, {source} is a mixture of experts: choose --dtype=bfloat16")
+    model = for_decoding(model, run.dtype, int8)
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                repetition_penalty=repetition_penalty)
     generator = torch.Generator(run.device).manual_seed(seed)

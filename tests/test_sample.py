@@ -1,11 +1,16 @@
 """sample.py: each way of decoding against transformers, batches, overflow, streaming, and its mistakes."""
+import copy
+
 import pytest
+import tokenizers
 import torch
 from conftest import TEXT, numbers
 
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
-from sample import Stream, candidates, choose, distribution, generate, left_pad, penalize
+from sample import (Int8Linear, PackedLinear, Stream, candidates, choose, distribution, for_decoding,
+                    generate, left_pad, penalize)
+from train_tokenizer import Tokenizer
 
 CONTEXT = 48
 
@@ -163,6 +168,67 @@ def test_the_seed_decides(model):
     assert draw(1) == draw(1) != draw(2)
 
 
+def test_the_head_is_asked_only_where_a_token_is_chosen(model):
+    shapes = []
+    model.lm_head.register_forward_pre_hook(lambda layer, given: shapes.append(tuple(given[0].shape)))
+    list(generate(model, torch.randint(211, (3, 9)), 4, temperature=0))
+    assert shapes == [(3, 32)] * 4
+
+
+# ---- decoding on a CPU ----
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('shape', [(1, 1, 512), (16, 1, 512), (3, 40, 512), (2, 1, 500)])
+def test_packed_and_int8_layers_compute_the_product(shape, bias):
+    layer, x = torch.nn.Linear(shape[-1], 383, bias), torch.randn(shape)
+    expected = layer(x)
+    with torch.no_grad():
+        if torch.backends.mkldnn.is_available():
+            torch.testing.assert_close(PackedLinear(layer)(x), expected, atol=1e-5, rtol=1e-5)
+        y = Int8Linear(layer).bfloat16()(x.bfloat16())
+    assert y.shape == expected.shape and y.dtype == torch.bfloat16
+    # 127 steps over uniform weights: an error of 1 / (254 sqrt(3)) x sqrt(3) = 0.4%, and bfloat16 rounds 0.4%
+    assert (y - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_model_made_for_decoding_answers_as_before(model):
+    tokens = torch.randint(211, (3, 9))
+    expected = torch.stack(list(generate(model, tokens, 30, temperature=0)))
+    with torch.no_grad():
+        logits = model(tokens)[0]
+        names = [*model.state_dict()]
+        quantised = for_decoding(copy.deepcopy(model), torch.bfloat16, int8=True)
+        assert isinstance(quantised.lm_head, Int8Linear)
+        error = quantised(tokens)[0] - logits
+    assert error.norm() < 0.05 * logits.norm() and quantised.make_cache(1, 8).keys[0].dtype == torch.bfloat16
+    assert len(list(generate(quantised, tokens, 30, temperature=0))) == 30
+    packed = for_decoding(copy.deepcopy(model), torch.float32)
+    assert torch.equal(torch.stack(list(generate(packed, tokens, 30, temperature=0))), expected)
+    assert [*model.state_dict()] == names
+
+
+def test_routers_and_experts_stay_as_they_are():
+    model = MiniMind(MiniMindConfig(211, max_position_embeddings=CONTEXT, hidden_size=32, num_hidden_layers=2,
+                                    num_attention_heads=4, use_moe=True, n_shared_experts=1)).eval()
+    tokens = torch.randint(211, (2, 9))
+    before, after = (torch.stack(list(generate(of, tokens, 20, temperature=0)))
+                     for of in (model, for_decoding(copy.deepcopy(model), torch.float32)))
+    assert torch.equal(before, after)
+
+
+def test_the_script_decodes_in_int8(script, hf, tiny_run, tmp_path):
+    how = ['--dtype=int8', '--device=cpu', '--temperature=0', '--max_new_tokens=20']
+    for source in (f'--init_from={hf}', f"--out_dir={tiny_run('minimind')}"):
+        assert script('sample.py', source, *how).stdout.startswith('def ')
+    assert 'decode on a CPU' in script('sample.py', source, '--dtype=int8', '--export_dir=x', code=2).stderr
+    assert 'dtype must be one of' in script('pretrain.py', '--dtype=int8', code=2).stderr
+    MiniMind(MiniMindConfig(448, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, qk_norm=True,
+                            use_moe=True)).save_pretrained(tmp_path / 'moe')
+    for file in ('tokenizer.json', 'tokenizer_config.json'):
+        (tmp_path / 'moe' / file).write_bytes((hf / file).read_bytes())
+    assert 'for dense models' in script('sample.py', '--init_from=moe', *how, code=2).stderr
+
+
 # ---- text ----
 
 def stream(tokenizer, text, stop=()):
@@ -175,6 +241,34 @@ def test_text_is_shown_in_whole_characters(tokenizer):
     pieces, _ = stream(tokenizer, ' light 灯 é.')
     assert ''.join(pieces) == ' light 灯 é.' and not any('\ufffd' in piece for piece in pieces)
     assert len([piece for piece in pieces if piece]) > 3
+
+
+def llama_tokenizer():
+    """A tokenizer as Llama 2's, whose decoder drops a first space, and some ids: words and bytes."""
+    words = ['<unk>', '</s>', *(f'<0x{i:02X}>' for i in range(256)), '\u2581', '\u2581the', '\u2581sea', 's']
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {word: i for i, word in enumerate(words)}, [], unk_token='<unk>', byte_fallback=True))
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.Sequence([decoders.Replace('\u2581', ' '), decoders.ByteFallback(),
+                                         decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    backend.add_special_tokens(['</s>'])
+    return backend, [words.index(word) for word in ('\u2581the', '\u2581sea', 's', '\u2581', *(
+        f'<0x{byte:02X}>' for byte in '灯é'.encode()), '\u2581the', '\u2581', '\u2581sea')]
+
+
+def test_a_token_is_decoded_with_few_others_and_the_text_is_that_of_all(tokenizer, monkeypatch):
+    backend, ids = llama_tokenizer()
+    texts = [(Tokenizer(backend, words=dict(eos_token='</s>')), ids * 20),
+             (tokenizer, tokenizer.encode(TEXT + '灯 é ' * 20))]
+    for of, ids in texts:
+        for prompt in ([], ids[:7], ids):
+            s, lengths = Stream(of, prompt, ['nowhere']), []
+            with monkeypatch.context() as patch:
+                patch.setattr(of, 'decode', lambda given, *, to=lengths, decode=of.decode: (
+                    to.append(len(given)), decode(given))[1])
+                pieces = [s.add(token) for token in ids] + [s.finish()]
+            assert ''.join(pieces) == s.text == of.decode([*prompt, *ids])[len(of.decode(prompt)):]
+            assert max(lengths[8:]) < 20
 
 
 def test_nothing_is_shown_from_a_stop_text_on(tokenizer):
