@@ -8,7 +8,7 @@ from conftest import TEXT, numbers
 from torch.nn import functional as F
 
 import model_minimind
-from model_minimind import MiniMind, MiniMindConfig, MoEFeedForward, padded_rows, plain_moe, sort_by_expert
+from model_minimind import MiniMind, MiniMindConfig, MoEFeedForward, padded_rows, plain_moe
 from pretrain import Muon, make_optimizers
 
 
@@ -33,14 +33,6 @@ def two_threads():
 
 
 # ---- dispatch ----
-
-def test_the_chapters_dispatch():
-    """Four tokens, three experts, two visits each."""
-    order, ends = sort_by_expert(torch.tensor([[0, 1], [1, 2], [0, 2], [0, 1]]), 3)
-    assert order.tolist() == [0, 4, 6, 1, 2, 7, 3, 5]                   # visits, sorted by expert
-    assert (order // 2).tolist() == [0, 2, 3, 0, 1, 3, 1, 2]            # the token of each
-    assert ends.tolist() == [3, 6, 8]                                   # where each expert's visits end
-
 
 @pytest.mark.parametrize('layout', ['grouped', 'padded'])
 @pytest.mark.parametrize('training', [True, False])
