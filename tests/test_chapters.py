@@ -82,8 +82,8 @@ def gpt2():
             raise OSError
         tiktoken.get_encoding('gpt2')
     except OSError:
-        raise SkipTest("GPT-2's tokenizer is not here: set TIKTOKEN_CACHE_DIR to a folder, and run once with a "
-                       "network `python tests/test_chapters.py I-1`") from None
+        raise SkipTest("GPT-2's tokenizer is not here: set TIKTOKEN_CACHE_DIR to a folder, and run "
+                       "`python tests/test_chapters.py I-1` once with a network") from None
     return load_tokenizer('gpt2')
 
 
