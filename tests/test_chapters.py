@@ -847,7 +847,6 @@ def test_II_7_parameters():
           [(2, 7, 512), (2, 1, 512)])
 
 
-@torch.no_grad()
 # ---- II-8 pretraining MiniMind ----
 
 def test_II_8_rows():
