@@ -477,17 +477,6 @@ class Run:
 
 
 @functools.cache
-def fast_dtype(device):
-    """bfloat16 where the device multiplies in it, else float32: a CPU without a unit for it takes 50 x the
-    time."""
-    if device.type == 'cuda':
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported()
-                                         or torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if fast else torch.float32
-
-
 def start_run(device='auto', dtype='auto', seed=0):
     """Resolve device and dtype, join the other ranks under torchrun, seed torch differently on each rank."""
     world_size = int(os.environ.get('WORLD_SIZE', 1))
@@ -507,10 +496,16 @@ def start_run(device='auto', dtype='auto', seed=0):
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
-    dtype = fast_dtype(device) if dtype == 'auto' else getattr(torch, dtype)
+    if dtype == 'auto':
+        if device.type == 'cuda':
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported()
+                                             or torch.cpu._is_amx_tile_supported())
+        dtype = 'bfloat16' if fast else 'float32'
     torch.set_float32_matmul_precision('high')          # TF32 on a GPU; no change on a CPU
     torch.manual_seed(seed + rank)
-    return Run(device, dtype, rank, world_size)
+    return Run(device, getattr(torch, dtype), rank, world_size)
 
 
 # ---- checkpoints ----

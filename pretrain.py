@@ -28,8 +28,8 @@ import time
 from contextlib import ExitStack, nullcontext
 from shlex import quote
 
-from configurator import (MetricsLog, at_least, check_weights, clock, configure, fail, fast_dtype,
-                          make_folder, one_of, restore_rng, save_checkpoint, start_run)
+from configurator import (MetricsLog, at_least, check_weights, clock, configure, fail, make_folder, one_of,
+                          restore_rng, save_checkpoint, start_run)
 
 import numpy as np
 import torch
@@ -269,7 +269,8 @@ class Training:
         overflow = self.scaler.is_enabled() and not norm.isfinite()     # float16: then no optimizer steps
         for optimizer in self.optimizers:
             if not overflow:
-                self.scaler.step(optimizer)
+                with self.run.autocast():
+                    self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         (unit, number), = count.items()
@@ -446,11 +447,11 @@ def share(x, like):
 POLYNOMIALS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
 
 
-def orthogonalise(x):
-    """Pull all singular values of each matrix near 1, by products alone: (N, m, n) -> (N, m, n)."""
+def orthogonalise(x, dtype=torch.float32):
+    """Pull all singular values of each matrix near 1, by products alone, in dtype: (N, m, n) -> (N, m, n)."""
     if x.size(1) > x.size(2):
-        return orthogonalise(x.mT).mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        return orthogonalise(x.mT, dtype).mT
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     square = x @ x.mT                                   # (N, m, m); its norm bounds that of x, and closer
     bound = 1.02 * square.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     x, square = x / bound.sqrt(), square / bound
@@ -463,7 +464,7 @@ def orthogonalise(x):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal matrix, so that
     no direction dominates the step; 0.2 sqrt(max(m, n)) gives the step AdamW's size. Matrices of one shape,
-    stacks of experts too, take it together."""
+    stacks of experts too, take it together, in the dtype of autocast."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -482,8 +483,10 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
                     average = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
                     x = whole(p.grad.lerp(average, group['momentum']))              # Nesterov's look ahead
-                    ahead.append(x.view(-1, *shape).to(fast_dtype(p.device)))
-                steps = orthogonalise(torch.cat(ahead)).split([len(x) for x in ahead])
+                    ahead.append(x.view(-1, *shape))
+                kind = p.device.type
+                dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+                steps = orthogonalise(torch.cat(ahead), dtype).split([len(x) for x in ahead])
                 size = 0.2 * math.sqrt(max(shape))
                 for p, x in zip(params, steps):
                     p.mul_(1 - group['lr'] * group['weight_decay'])

@@ -1,10 +1,9 @@
-"""model_gpt2.py against the tutorial's figures, its own formulas and transformers; GPT-2 in pretrain.py."""
+"""model_gpt2.py against its own formulas and transformers; GPT-2 in pretrain.py."""
 import json
 import math
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -12,17 +11,9 @@ from conftest import TEXT, numbers
 from torch.nn import functional as F
 
 from configurator import read_weights
-from model_gpt2 import (
-    GPT2,
-    GPT2Config,
-    plain_attention,
-    plain_gelu,
-    plain_layer_norm,
-    sinusoidal_positions,
-    weights_to_hf,
-)
-from prepare import Piece, Split, write_data
-from pretrain import batch_at, make_optimizers, window_starts
+from model_gpt2 import GPT2, GPT2Config, plain_attention, plain_gelu, plain_layer_norm, weights_to_hf
+from prepare import Piece, write_data
+from pretrain import make_optimizers
 from sample import generate, load_run
 
 SIZES = [dict(vocab_size=211, n_positions=96, n_embd=48, n_layer=3, n_head=4),
@@ -36,83 +27,6 @@ def random_model(size=SIZES[0], std=0.2, **options):
         if p.requires_grad:
             nn.init.normal_(p, std=std)
     return model
-
-
-# ---- the chapters' figures ----
-
-def test_chapter_1_windows(gpt2, shared):
-    ids = np.array(gpt2.encode(shared('data/the-verdict.txt').read_text()))
-    text = Split(ids, np.ones(len(ids)), None)
-    starts = np.sort(window_starts(len(ids), 4, seed=0, epoch=0, stride=1))
-    assert len(ids) == 5145 and len(starts) == 5145 - 4
-    x, y = batch_at(text, starts[:1], 4)
-    assert x.tolist() == [[40, 367, 2885, 1464]] and y.tolist() == [[367, 2885, 1464, 1807]]
-    x, y = batch_at(text, np.sort(window_starts(len(ids), 4, seed=0, epoch=0, stride=4))[:8], 4)
-    assert x.tolist() == [[40, 367, 2885, 1464], [1807, 3619, 402, 271], [10899, 2138, 257, 7026],
-                          [15632, 438, 2016, 257], [922, 5891, 1576, 438], [568, 340, 373, 645],
-                          [1049, 5975, 284, 502], [284, 3285, 326, 11]]
-    assert y.tolist() == [[367, 2885, 1464, 1807], [3619, 402, 271, 10899], [2138, 257, 7026, 15632],
-                          [438, 2016, 257, 922], [5891, 1576, 438, 568], [340, 373, 645, 1049],
-                          [5975, 284, 502, 284], [3285, 326, 11, 287]]
-    # chapter I-5: nine batches of two rows an epoch, in another order each time
-    rows = [window_starts(4613, 256, seed=0, epoch=e, stride=256) for e in (0, 1)]
-    assert [len(r) for r in rows] == [18, 18] and list(rows[0]) != list(rows[1])
-
-
-def test_chapter_2_and_advanced_3_sinusoidal_positions():
-    expected = torch.tensor([0.9093, -0.4161, 0.1987, 0.9801, 0.0200, 0.9998, 0.0020, 0.9999])
-    torch.testing.assert_close(sinusoidal_positions(120, 8)[2], expected, atol=1e-4, rtol=0)
-    model = GPT2(GPT2Config(**SIZES[0], positions='sinusoidal'))
-    assert 'transformer.wpe.weight' not in {n for n, p in model.named_parameters() if p.requires_grad}
-
-
-def test_chapter_3_attention_example():
-    """'Your journey starts with one step': the scores, and what 'journey' takes from the others."""
-    x = torch.tensor([[0.43, 0.15, 0.89], [0.55, 0.87, 0.66], [0.57, 0.85, 0.64], [0.22, 0.58, 0.33],
-                      [0.77, 0.25, 0.10], [0.05, 0.80, 0.55]])
-    scores = torch.tensor([0.9544, 1.4950, 1.4754, 0.8434, 0.7070, 1.0865])
-    torch.testing.assert_close((x @ x.T)[1], scores, atol=1e-4, rtol=0)
-    everything = torch.ones(6, 6, dtype=torch.bool)
-    unscaled = plain_attention(x * math.sqrt(3), x, x, everything)  # the example divides by nothing
-    torch.testing.assert_close(unscaled[1], torch.tensor([0.4419, 0.6515, 0.5683]), atol=1e-4, rtol=0)
-    causal = plain_attention(x, x, x, everything.tril())
-    torch.testing.assert_close(causal[0], x[0])                         # the first token sees itself alone
-    torch.testing.assert_close(causal[-1], plain_attention(x, x, x, everything)[-1])
-
-
-def test_chapter_4_layer_norm():
-    x = torch.arange(1., 25.).view(2, 3, 4)
-    y = plain_layer_norm(x, torch.ones(4), torch.zeros(4))
-    torch.testing.assert_close(y, torch.tensor([-1.34, -0.45, 0.45, 1.34]).expand(2, 3, 4), atol=5e-3, rtol=0)
-
-
-@pytest.mark.parametrize('shortcut, gradients', [
-    (False, [0.00020173587, 0.00012011159, 0.00071520399, 0.00139887363, 0.00504964543]),
-    (True, [0.22169792, 0.20694106, 0.32896995, 0.26657322, 1.32585406])])
-def test_chapter_4_gradients_survive_with_residual_connections(shortcut, gradients):
-    torch.manual_seed(123)
-    layers = [nn.Linear(3, out) for out in (3, 3, 3, 3, 1)]
-    x = torch.tensor([[1., 0., -1.]])
-    for layer in layers:
-        y = plain_gelu(layer(x))
-        x = x + y if shortcut and x.shape == y.shape else y
-    x.square().mean().backward()
-    assert [layer.weight.grad.abs().mean().item() for layer in layers] == pytest.approx(gradients, rel=1e-4)
-
-
-@pytest.mark.parametrize('options, parameters', [
-    (dict(), 124_439_808), (dict(qkv_bias=False, tie_word_embeddings=False), 163_009_536)])
-def test_chapter_4_sizes(options, parameters):
-    with torch.device('meta'):
-        model = GPT2(GPT2Config(**options))
-    assert sum(p.numel() for p in model.parameters()) == parameters
-
-
-def test_chapter_5_loss_before_training():
-    model = GPT2(GPT2Config(n_layer=2, qkv_bias=False, tie_word_embeddings=False)).eval()
-    tokens = torch.randint(50257, (2, 65))
-    with torch.no_grad():
-        assert model(tokens[:, :-1], tokens[:, 1:])[1].item() == pytest.approx(math.log(50257), abs=0.2)
 
 
 # ---- the formulas, the cache and the mask ----

@@ -1,4 +1,4 @@
-"""MiniMind against its formulas, the chapters' numbers, and transformers' Llama, Qwen3 and Qwen3-MoE."""
+"""MiniMind against its formulas, and transformers' Llama, Qwen3 and Qwen3-MoE."""
 import json
 import math
 from dataclasses import asdict
@@ -65,16 +65,6 @@ def rope(x, position):
                       sin[position:position + 1]).flatten()
 
 
-def test_rope_of_the_chapter():
-    # the chapter's [-0.4161, 0.9093, -0.02, 0.9998], with halves for pairs
-    torch.testing.assert_close(rope([1., 0., 0., 1.], 2), torch.tensor([-0.4161, -0.0200, 0.9093, 0.9998]),
-                               atol=5e-5, rtol=0)
-
-
-def test_the_chapters_score():
-    assert (rope([1., 2.], 1) @ rope([3., 4.], 2)).item() == pytest.approx(7.6263, abs=5e-5)
-
-
 def test_a_score_depends_on_the_distance_alone():
     q, k = torch.randn(2, 8).tolist()
     scores = [(rope(q, m) @ rope(k, m + 7)).item() for m in (0, 1, 100, 900)]
@@ -94,10 +84,9 @@ def test_attention_is_its_formula(kv_heads, monkeypatch):
     torch.testing.assert_close(model(x)[0], fused, atol=1e-4, rtol=1e-4)
 
 
-def test_kv_cache_bytes_of_the_chapter(script):
+def test_kv_cache_bytes(script):
     sizes = [kv_cache_bytes(MiniMindConfig(hidden_size=4096, num_attention_heads=32, num_hidden_layers=1,
                                            num_key_value_heads=heads), tokens=1024) for heads in (32, 8, 1)]
-    assert sizes == [2 * 16_777_216, 2 * 4_194_304, 2 * 524_288]      # the chapter's numbers, keys and values
     cache = tiny().make_cache(3, 10)
     assert sum(t.nbytes for t in cache.keys + cache.values) == kv_cache_bytes(MiniMindConfig(**TINY), 10, 3)
     printed = script('model_minimind.py').stdout

@@ -12,9 +12,9 @@ import torch
 from conftest import TEXT
 
 import prepare
-from prepare import HERE, Piece, messages_of, read_labelled, read_meta, read_pieces, read_split, write_data
+from prepare import HERE, Piece, read_labelled, read_meta, read_pieces, read_split, write_data
 from pretrain import batch_at
-from train_tokenizer import ALPACA_PREFACE, encode_chat
+from train_tokenizer import encode_chat
 
 
 @pytest.fixture(autouse=True)
@@ -74,15 +74,6 @@ def test_what_generation_is_given_is_what_training_saw(name, request):
     prompt, targets = encode_chat(tokenizer, THREE_TURNS[:-1], add_generation_prompt=True)
     assert ids[:len(prompt)] == prompt
     assert targets == mask[:len(prompt)] and mask[len(prompt)] == 1
-
-
-@pytest.mark.parametrize('material', ['', 'The car is very fast.'])
-def test_alpaca_is_the_text_of_chapter_8(gpt2, material):
-    record = dict(instruction='Rewrite it with a simile.', input=material, output='Fast as light.')
-    messages = messages_of(record)
-    text = (f"{ALPACA_PREFACE}\n\n### Instruction:\nRewrite it with a simile."
-            + (f"\n\n### Input:\n{material}" if material else '') + "\n\n### Response:\nFast as light.")
-    assert encode_chat(gpt2, messages)[0] == [*gpt2.encode(text), 50256]    # in pieces as in one
 
 
 def test_debug_mask_prints_the_table(script, tmp_path, tokenizer_folder):

@@ -57,19 +57,6 @@ def test_distributions_are_those_of_transformers(how):
     torch.testing.assert_close(distribution(logits, **how), expected.softmax(-1), atol=1e-6, rtol=1e-5)
 
 
-def test_the_chapters_example_at_three_temperatures():
-    """Chapter I-6: at 0.1 'forward' has nearly all; at 5 even 'pizza' has a chance."""
-    words = 'closer every effort forward inches moves pizza toward you'.split()
-    logits = torch.tensor([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
-    at = {t: dict(zip(words, distribution(logits, t)[0].tolist())) for t in (0.1, 1, 5)}
-    assert at[0.1]['forward'] > 0.99
-    assert at[1]['forward'] == pytest.approx(0.5721, abs=1e-4)
-    assert at[1]['toward'] == pytest.approx(0.3576, abs=1e-4)
-    assert at[5]['pizza'] == pytest.approx(0.0430, abs=1e-4) and at[1]['pizza'] < 2e-4
-    draws = torch.multinomial(distribution(logits, 1, top_k=3), 3000, replacement=True)
-    assert {words[i] for i in set(draws[0].tolist())} == {'forward', 'toward', 'closer'}
-
-
 def test_the_repetition_penalty_is_that_of_transformers():
     process = pytest.importorskip('transformers').generation.logits_process
     logits, seen = torch.randn(3, 50), torch.randint(50, (3, 20))

@@ -1,4 +1,4 @@
-"""Tokenizers: trained, GPT-2's, and the chapters' own; held against tiktoken, transformers, the tutorial."""
+"""Tokenizers: trained, GPT-2's, and those of the lesson; held against tiktoken and transformers."""
 import json
 
 import pytest
@@ -6,7 +6,7 @@ import tiktoken
 from conftest import TEXT
 
 from prepare import Piece, read_split, write_data
-from train_tokenizer import (CHAPTER_CORPUS, Tokenizer, bpe_merges, encode_chat, load_tokenizer, train_bpe,
+from train_tokenizer import (Tokenizer, bpe_merges, encode_chat, load_tokenizer, train_bpe,
                              train_lookup, training_texts)
 
 TEXTS = ['The keeper reads the rules.', '  two  spaces\tand a tab\r\n\r\n', '大模型炼丹术：从零开始。',
@@ -158,21 +158,9 @@ def test_gpt2_ids_are_tiktokens(gpt2):
         assert gpt2.decode(gpt2.encode(text)) == text
 
 
-def test_gpt2_ids_of_the_chapters_sentence(gpt2):
-    before, after = 'Hello, do you like tea? ', ' In the sunlit terracesof someunknownPlace.'
-    assert [*gpt2.encode(before), gpt2.eot, *gpt2.encode(after)] == [
-        15496, 11, 466, 345, 588, 8887, 30, 220, 50256,
-        554, 262, 4252, 18250, 8812, 2114, 1659, 617, 34680, 27271, 13]
-
-
 # ---- the lesson (chapter I-1) ----
 
-def test_trace_tells_the_chapters_table(script):
-    merges = bpe_merges(CHAPTER_CORPUS, 5)
-    assert [(pair, count) for pair, count, _ in merges] == [
-        (('e', 's'), 13), (('es', 't'), 13), (('est', '</w>'), 13), (('o', 'l'), 10), (('ol', 'd'), 10)]
-    assert merges[-1][2] == {'</w>': 10, 'o': 4, 'l': 4, 'e': 3, 'r': 3, 'f': 9, 'i': 9, 'n': 9, 'w': 4,
-                             'est</w>': 13, 'old': 10}
+def test_trace_prints_the_merges(script):
     out = script('train_tokenizer.py', '--trace=5').stdout.splitlines()
     assert out[1].split() == ['1', '13', 'e', '+', 's', '->', 'es'] and '   13  est</w>' in out
 
@@ -184,17 +172,6 @@ def test_trace_merges_what_the_library_merges():
     learned = json.loads(backend.to_str())['model']['merges']
     ours = [pair for pair, _, _ in bpe_merges(words, 2)]
     assert [tuple(m) for m in learned] == ours == [('e', 's'), ('es', 't')]
-
-
-def test_words_as_the_chapter_builds_them(shared):
-    text = shared('data/the-verdict.txt').read_text()
-    words = Tokenizer(train_lookup([text], 10_000, 'word'))
-    assert words.vocab_size == 1132 and words.eot == 1130
-    text = '"It\'s the last he painted, you know," \n Mrs. Gisburn said with pardonable pride.'
-    assert words.encode(text) == [
-        1, 56, 2, 850, 988, 602, 533, 746, 5, 1126, 596, 5, 1, 67, 7, 38, 851, 1108, 754, 793, 7]
-    assert words.encode('Hello, do you like tea?') == [1131, 5, 355, 1126, 628, 975, 10]
-    assert words.decode(words.encode('the last he painted, you know')) == 'the last he painted, you know'
 
 
 def test_special_tokens_in_the_text_are_no_words():
