@@ -476,7 +476,6 @@ class Run:
         return total.tolist()
 
 
-@functools.cache
 def start_run(device='auto', dtype='auto', seed=0):
     """Resolve device and dtype, join the other ranks under torchrun, seed torch differently on each rank."""
     world_size = int(os.environ.get('WORLD_SIZE', 1))

@@ -37,7 +37,7 @@ from configurator import fail  # noqa: E402
 from distill import distillation_loss, parse_answer, tag_weights  # noqa: E402
 from dpo import dpo_loss  # noqa: E402
 from lora import adapter_state, inject, load_adapter_state  # noqa: E402
-from model_gpt2 import (GPT2, Attention, Block, FeedForward, GPT2Config, mean_loss, plain_attention,  # noqa: E402
+from model_gpt2 import (GPT2, Attention, Block, FeedForward, GPT2Config, plain_loss, plain_attention,  # noqa: E402
                         plain_gelu, plain_layer_norm, sinusoidal_positions)
 from model_minimind import MiniMind, MiniMindConfig, RMSNorm, apply_rope, rope_table  # noqa: E402
 from pretrain import batch_at, window_starts  # noqa: E402
@@ -864,10 +864,10 @@ def test_II_8_loss_over_micro_batches():
     for row, loss in enumerate((3.0, 1.0)):
         logits[row, :, 1] = math.log(math.exp(loss) - 1)
     targets[0, 1:] = -100
-    parts = [mean_loss(logits[i:i + 1], targets[i:i + 1]).item() for i in (0, 1)]
+    parts = [plain_loss(logits[i:i + 1], targets[i:i + 1]).item() for i in (0, 1)]
     check('each', torch.tensor(parts), [3.0, 1.0])
-    check('over all ten targets', mean_loss(logits, targets).item(), 1.2)
-    check('no target at all', mean_loss(logits, torch.full((2, 9), -100)).item(), 0.0)
+    check('over all ten targets', plain_loss(logits, targets).item(), 1.2)
+    check('no target at all', plain_loss(logits, torch.full((2, 9), -100)).item(), 0.0)
 
 
 # ---- II-9 instruction tuning MiniMind ----
