@@ -18,7 +18,8 @@ The archive is read in place. Into data/raw/ go
     poems_dpo.jsonl     an order, its poem, and one that breaks the order or a rule; the label says which
         {"chosen": [{"role": "user", ...}, ...], "rejected": [...], "split": "train", "label": "rhyme"}
     poems_cls.csv       label and text: Tang or Song. Held-out poems only, so that pretraining has seen none
-    poems_own.jsonl     the same of a model's own poems, as the judge marks them
+    poems_own.jsonl     the same of a model's own poems, as the judge marks them; poems_taught.jsonl, those of
+                        them that keep all rules, for a student
     poems_form.json     what the judge knows, so that it needs no archive
     poems_orders.txt    held-out orders, to compare models by; poems_practice.txt, orders to train on
 
@@ -334,17 +335,21 @@ def make(folder, everything=False, sha256=SHA256):
 
 
 def make_own(folder, path):
-    """Write pairs of a model's own poems, from a file of samples, beside the held-out pairs of real ones."""
+    """Write what a model's own poems teach, from a file of samples: pairs for DPO, and for a student those
+    that keep all rules. Held out are real pairs and poems."""
     judge, answers = load_judge(folder)[0], defaultdict(list)
     for _, order, text in samples_of(path):
         answers[order].append(text)
     own = list(own_pairs(answers.items(), judge))
     if not own:
         fail(f"{path}: no order has both a poem that keeps all rules and one that does not; sample more")
-    with open(os.path.join(folder, 'poems_dpo.jsonl'), encoding='utf-8') as f:
-        held_out = [record for record in map(json.loads, f) if record['split'] == 'val']
-    with writing(os.path.join(folder, 'poems_own.jsonl')) as f:
-        f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in own + held_out)
+    for name, real, records in [
+            ('own', 'dpo', own), ('taught', 'sft', [
+                dict(conversations=record['chosen'], split='train') for record in own])]:
+        with open(os.path.join(folder, f'poems_{real}.jsonl'), encoding='utf-8') as f:
+            held_out = [record for record in map(json.loads, f) if record['split'] == 'val']
+        with writing(os.path.join(folder, f'poems_{name}.jsonl')) as f:
+            f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records + held_out)
     print(f"{len(own):,} pairs from {len(answers):,} orders")
 
 

@@ -336,6 +336,8 @@ def test_samples_below_their_orders_become_pairs_beside_the_held_out_ones(raw, s
     own, *held_out = records(copy / 'raw', 'poems_own')
     assert said(own['chosen']) == good and said(own['rejected']) == [good[0], bad]
     assert held_out == [record for record in records(raw, 'poems_dpo') if record['split'] == 'val']
+    taught, *held_out = records(copy / 'raw', 'poems_taught')
+    assert said(taught['conversations']) == good and {record['split'] for record in held_out} == {'val'}
     (tmp_path / 'own.txt').write_text(blocks[0])
     assert 'sample more' in script(copy / 'poems.py', '--pairs=own.txt', code=2).stderr
 
