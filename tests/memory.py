@@ -76,7 +76,8 @@ def take_steps(config, vocab_size, ranks=1, params=None):
 
 
 def step_bytes(config, vocab_size, ranks=1):
-    """{part: bytes} of a step on one rank of so many under fsdp."""
+    """{part: bytes} of a step on one rank of so many under fsdp, where it is right to a tenth."""
+    torch.set_num_threads(1)            # with more, experts on a CPU ask how many tokens each of them got
     with FakeTensorMode(), Peak() as peak:
         model, optimizers = take_steps({**config, 'parallel': 'ddp'}, vocab_size, params=peak.params)
         weights = 4 * sum(p.numel() for p in model.parameters())
