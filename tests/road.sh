@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 out=${OUT:-out/poems} seed=${SEED:-1337}
 
 run() {                             # say a command and run it
-    printf '\n$ python %s\n' "$*"  >&2
+    printf '\n$ python %s\n' "$*" >&2
     python "$@"
 }
 
