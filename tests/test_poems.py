@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import random
 import shutil
 import sys
@@ -340,6 +341,29 @@ def test_samples_below_their_orders_become_pairs_beside_the_held_out_ones(raw, s
     assert said(taught['conversations']) == good and {record['split'] for record in held_out} == {'val'}
     (tmp_path / 'own.txt').write_text(blocks[0])
     assert 'sample more' in script(copy / 'poems.py', '--pairs=own.txt', code=2).stderr
+
+
+def test_the_page_shows_each_stage_to_the_same_orders(raw, script, tmp_path):
+    copy = tmp_path / 'data'
+    shutil.copytree(raw, copy / 'raw')
+    for name in ('poems', 'poetry_form', 'poems_page'):
+        shutil.copy(ROOT / 'data' / f'{name}.py', copy)
+    orders = ['写一首五言绝句', '请接下一句：白日依山尽']
+    texts = {'pretrain': f'《<登楼>》\n{POEM}\n', 'sft': '', 'dpo': ''}
+    for i, name in enumerate(texts):
+        (tmp_path / 'out' / name).mkdir(parents=True)
+        text = texts[name] or ''.join(f'{order}\n{name}，{POEM}\n{"-" * 40}\n' for order in orders)
+        (tmp_path / 'out' / name / 'samples.txt').write_text(text)
+        os.utime(tmp_path / 'out' / name / 'samples.txt', (i, i))
+    assert 'page.html' in script(copy / 'poems_page.py', 'out').stdout
+    page = (tmp_path / 'out' / 'page.html').read_text()
+    heads = ['<h2>pretrain</h2>', *(f'<h2>{order}</h2>' for order in orders)]
+    assert [page.index(head) for head in heads] == sorted(page.index(head) for head in heads)
+    assert '《&lt;登楼&gt;》' in page and page.count('sft，') == page.count('dpo，') == 2
+    assert page.count('<rect') == 4 * 6                     # of each row of the table each mark
+    for argument, words in ('raw', 'no run with a samples.txt'), ('--help', 'give the folder'):
+        (tmp_path / 'raw').mkdir(exist_ok=True)
+        assert words in script(copy / 'poems_page.py', argument, code=2).stderr
 
 
 @pytest.mark.parametrize('name, content', [

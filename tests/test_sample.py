@@ -325,3 +325,14 @@ def test_a_folder_that_is_no_model_is_one_line(script, hf, tmp_path):
     assert "type 'bert'" in script('sample.py', '--init_from=.', code=2).stderr
     (tmp_path / 'config.json').write_text('{"model_type"')
     assert 'config.json' in script('sample.py', '--init_from=.', code=2).stderr
+
+
+def test_several_answers_to_each_question_of_a_conversation(script, tiny_run):
+    """Questions stand above their answers, and none is remembered: the same question has the same prompt."""
+    how = ['--chat', '--num_samples=3', '--max_new_tokens=4', '--seed=5', f'--out_dir={tiny_run("minimind")}']
+    blocks = script('sample.py', *how, input='Who?\nWhere?\nWho?\n').stdout.split('-' * 40 + '\n')
+    assert [block.split('\n')[0] for block in blocks] == ['Who?'] * 3 + ['Where?'] * 3 + ['Who?'] * 3 + ['']
+    assert len(set(blocks[:3])) == 3
+    greedy = script('sample.py', *how, '--temperature=0', input='Who?\nWhere?\nWho?\n').stdout
+    blocks = greedy.split('-' * 40 + '\n')
+    assert len(set(blocks[:3] + blocks[6:9])) == 1

@@ -214,3 +214,17 @@ def test_the_tokenizer_of_a_run_is_not_overwritten(script, run_folder):
     before = (run_folder / 'tokenizer.json').read_bytes()
     line = script('train_tokenizer.py', f'--out_dir={run_folder}', code=2).stderr
     assert 'holds ckpt.pt already' in line and (run_folder / 'tokenizer.json').read_bytes() == before
+
+
+def test_split_han_keeps_characters_apart_and_other_text_as_it_was(script, tmp_path):
+    """A line of five characters is five tokens, where each character is frequent enough to be one."""
+    line = '白日依山尽，黄河入海流。'
+    (tmp_path / 'a.txt').write_text((line + ' two words\n') * 50)
+    script('train_tokenizer.py', '--input=a.txt', '--split_han', '--vocab_size=330', '--out_dir=han')
+    script('train_tokenizer.py', '--input=a.txt', '--vocab_size=330', '--out_dir=plain')
+    han, plain = (load_tokenizer(str(tmp_path / name)) for name in ('han', 'plain'))
+    assert [han.decode([i]) for i in han.encode(line)] == list(line)
+    assert len(plain.encode(line)) < len(line)
+    assert [han.decode([i]) for i in han.encode(' two words')] == [' two', ' words']
+    error = script('train_tokenizer.py', '--kind=char', '--split_han', code=2).stderr
+    assert 'split_han' in error and 'kind' in error
