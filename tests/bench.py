@@ -137,7 +137,8 @@ class Step:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         began = time.perf_counter()
         for optimizer in self.optimizers:
-            optimizer.step()
+            with torch.autocast('cpu', getattr(torch, self.dtype), enabled=self.dtype != 'float32'):
+                optimizer.step()
         self.spent.append(time.perf_counter() - began)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -245,11 +246,8 @@ def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND):
         peers['minimind'] = peer_model(minimind, model)
     size = sum(p.numel() for p in model.parameters())
     for kind, width in dict(float32=4, bfloat16=2, int8=1).items():
-        if kind == 'int8' and not hasattr(sample, 'for_decoding'):
-            continue
         dtype = getattr(torch, kind) if kind != 'int8' else torch.bfloat16      # which the peers take
-        make = getattr(sample, 'for_decoding', lambda model, dtype, int8: model.to(dtype))
-        ours = make(copy.deepcopy(model), dtype, kind == 'int8')
+        ours = sample.for_decoding(copy.deepcopy(model), dtype, kind == 'int8')
         for rows, length, n in ((1, 16, new), (16, 16, new), (1, prompt, 1)):
             x = torch.randint(3, 6400, (rows, length))
             calls = dict(ours=lambda ours=ours, x=x, n=n: list(sample.generate(ours, x, n, temperature=0)))

@@ -44,7 +44,7 @@ poems() {
         < data/raw/poems_practice.txt > "$out/practice.txt"
     run data/poems.py --pairs="$out/practice.txt"
     run prepare.py --input=data/raw/poems_own.jsonl --tokenizer="$out/tokenizer"
-    run dpo.py --init_from="$out/sft" --dataset=poems_own --block_size=128 --batch_size=16 --epochs=3 \
+    run dpo.py --init_from="$out/sft" --dataset=poems_own --block_size=128 --batch_size=16 --epochs=2 \
         --learning_rate=1e-4 --seed="$seed" --out_dir="$out/dpo"
     obey "$out/dpo"
 
