@@ -76,7 +76,8 @@ def one_of(*values):
 
 
 # The rules of settings that several stages have. A stage tells `configure` those of its own.
-RULES = dict(dtype=one_of('auto', 'float32', 'bfloat16', 'float16'), optimizer=one_of('adamw', 'muon'),
+RULES = dict(dtype=one_of('auto', 'float32', 'bfloat16', 'float16', 'int8'),
+             optimizer=one_of('adamw', 'muon'),
              layout=one_of('packed', 'bucketed', 'padded'), dropout=between(0, 1), seed=between(0, 2**62),
              parallel=one_of('ddp', 'fsdp'),
              min_lr=lambda value: '' if value >= 0 or value == -1 else "must be at least 0, or -1")
@@ -478,6 +479,8 @@ class Run:
 
 def start_run(device='auto', dtype='auto', seed=0):
     """Resolve device and dtype, join the other ranks under torchrun, seed torch differently on each rank."""
+    if dtype == 'int8':                                 # sample.py asks for bfloat16 instead
+        fail("dtype='int8' is for sample.py: choose 'auto', 'float32', 'bfloat16' or 'float16'")
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     rank = int(os.environ.get('RANK', 0)) if world_size > 1 else 0
     if device == 'auto':

@@ -717,8 +717,7 @@ if __name__ == '__main__':
         '!export_dir': SPEAKING, '!export_gguf': f'{SPEAKING} export_dir',
         '!chat': 'start lines stop show_probs plot on_full use_cache'},
         num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0), top_p=between(0, 1),
-        min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'),
-        dtype=one_of('auto', 'float32', 'bfloat16', 'float16', 'int8'))
+        min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'))
     if export_dir:
         refuse_model(export_dir, 'export_dir')
     if os.path.exists(export_gguf):

@@ -63,4 +63,7 @@ poems() {
     run data/poems_page.py "$out"
 }
 
-"${1:?give the road: poems}"
+case "$*" in
+    poems) poems ;;
+    *) echo "road.sh: give the road: poems" >&2; exit 2 ;;
+esac

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import finetune_cls  # noqa: E402  (the line above makes it importable)
 import model_minimind  # noqa: E402
 import prepare  # noqa: E402
-from configurator import fail  # noqa: E402
+from configurator import fail, last_words  # noqa: E402
 from distill import distillation_loss, parse_answer, tag_weights  # noqa: E402
 from dpo import dpo_loss  # noqa: E402
 from lora import adapter_state, inject, load_adapter_state  # noqa: E402
@@ -1016,6 +1016,7 @@ def test_a_chapter_is_shown_by_its_name():
 
 
 if __name__ == '__main__':
+    sys.excepthook = functools.partial(last_words, ())      # a reader that has gone (`| head`) is no fault
     torch.set_printoptions(sci_mode=False)
     chapters = {}
     for name, function in [*globals().items()]:
