@@ -102,6 +102,8 @@ def test_compiled_is_eager():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 13),
+                    reason="older compilers break at the experts' product")
 def test_compiled_in_bfloat16_it_is_one_graph():
     model, x, graphs = MiniMind(config(num_hidden_layers=3)), torch.randint(64, (2, 16)), []
     torch._dynamo.reset()
