@@ -16,7 +16,8 @@ run() {                             # say a command and run it
 
 write() {                           # write RUN OPTIONS...: what a run writes, and its marks
     printf '\n$ python sample.py --out_dir=%s %s > %s/samples.txt\n' "$1" "${*:2}" "$1"
-    python sample.py --out_dir="$1" "${@:2}" > "$1/samples.txt" 2> /dev/null
+    python sample.py --out_dir="$1" "${@:2}" > "$1/samples.txt" 2> "$1/samples.log" ||
+        { cat "$1/samples.log" >&2; exit 1; }           # else it holds a line of speed for each text
     run data/poems.py --judge="$1/samples.txt"
 }
 
