@@ -24,14 +24,20 @@ def measured(config, ranks=1):
     return peak
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('changes', [
-    dict(model='gpt2', optimizer='adamw'), dict(model='gpt2', activation_checkpointing=True),
-    dict(dtype='float32'), dict(optimizer='adamw', dropout=0.1),
-    dict(use_moe=True, activation_checkpointing=True)], ids=str)
-def test_it_is_what_a_profiler_measures(changes):
-    config = {**CONFIG, **changes}
+    dict(model='gpt2', optimizer='adamw'), dict(model='gpt2', activation_checkpointing=True), {},
+    dict(optimizer='adamw', dropout=0.1), dict(activation_checkpointing=True, use_moe=True)], ids=str)
+def test_it_is_what_a_profiler_measures(changes, dtype):
+    """To a thousandth in float32. In bfloat16 the kernel of attention has 0.4 MB of its own at these sizes,
+    which fake tensors do not show."""
+    if changes.get('use_moe') and dtype == 'float32':
+        pytest.skip("fake tensors know the experts' product in bfloat16 alone")
+    config = {**CONFIG, **changes, 'dtype': dtype}
     parts = step_bytes(config, 1000)
-    assert sum(parts.values()) == pytest.approx(measured(config), rel=0.04)     # scratch of kernels
+    own = 420_000 if dtype == 'bfloat16' else 0
+    said = sum(parts.values())
+    assert 0.999 * said <= measured(config) <= 1.001 * said + own
     least = 1 if config['optimizer'] == 'muon' else 2            # moments, each as large as the weights
     assert least <= parts['moments'] / parts['weights'] < least + 0.5
 
