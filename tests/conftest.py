@@ -43,13 +43,14 @@ def script(tmp_path, monkeypatch):
 
     code   the exit code it must have. Code 2, a user's mistake, must come with one line on stderr.
     It runs in this process, which saves the seconds that importing torch takes, and lets a test replace what
-    the script imports. With one of these it runs in its own:
+    the script imports. A copy in another folder, which has its own modules beside it, runs in a process of
+    its own, and so does a script with one of these:
     input  bytes or text for standard input;  torchrun  number of ranks;  env  of the process
     restarts  how often torchrun may start them anew;  process  True, where none of these is needed
     """
     def run(name, *args, code=0, input=None, torchrun=0, restarts=0, env=(), process=False):
         arguments = [str(ROOT / name), *map(str, args)]
-        if input is None and not torchrun and not env and not process:
+        if (ROOT / name).is_relative_to(ROOT) and input is None and not (torchrun or env or process):
             monkeypatch.chdir(tmp_path)
             done = run_here(arguments)
         else:

@@ -76,7 +76,7 @@ def take_steps(config, vocab_size, ranks=1, params=None):
 
 
 def step_bytes(config, vocab_size, ranks=1):
-    """{part: bytes} of a step on one rank of so many under fsdp, where it is right to a tenth."""
+    """{part: bytes} of a step on one rank of so many under fsdp, where it is right to a fifth."""
     torch.set_num_threads(1)            # with more, experts on a CPU ask how many tokens each of them got
     with FakeTensorMode(), Peak() as peak:
         model, optimizers = take_steps({**config, 'parallel': 'ddp'}, vocab_size, params=peak.params)
