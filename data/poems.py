@@ -21,7 +21,8 @@ The archive is read in place. Into data/raw/ go
     poems_own.jsonl     the same of a model's own poems, as the judge marks them; poems_taught.jsonl, those of
                         them that keep all rules, for a student
     poems_form.json     what the judge knows, so that it needs no archive
-    poems_orders.txt    held-out orders, to compare models by; poems_practice.txt, orders to train on
+    poems_orders.txt    held-out orders, to compare models by; poems_practice.txt, orders to train on;
+                        ci_orders.txt, held-out ones for ci
 
 All hold out the same poems, and no line of a held-out poem stands in a training poem.
 
@@ -323,10 +324,12 @@ def make(folder, everything=False, sha256=SHA256):
     with writing(os.path.join(folder, 'poems_cls.csv')) as f:
         csv.writer(f).writerows([['label', 'text'], *labelled(found)])
     practice = {kind: wordings for kind, wordings in ORDERS.items() if kind != 'next'}
-    for name, side, n, kinds in ('orders', 'val', 200, ORDERS), ('practice', 'train', 500, practice):
+    for name, poems, side, n, kinds in (('poems_orders', regular, 'val', 200, ORDERS),
+                                        ('poems_practice', regular, 'train', 500, practice),
+                                        ('ci_orders', ci, 'val', 100, CI_ORDERS)):
         rng = random.Random(1337)
-        orders = [an_order(poem, rng, poets, kinds)[0] for poem in regular if poem.split == side]
-        with writing(os.path.join(folder, f'poems_{name}.txt')) as f:
+        orders = [an_order(poem, rng, poets, kinds)[0] for poem in poems if poem.split == side]
+        with writing(os.path.join(folder, f'{name}.txt')) as f:
             f.writelines(order + '\n' for order in orders[::max(1, len(orders) // n)][:n])
     with writing(os.path.join(folder, 'poems_form.json')) as f:
         json.dump(known, f, ensure_ascii=False)

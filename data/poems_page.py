@@ -51,7 +51,7 @@ def poem_box(judge, name, order, text):
 def page(judge, real, stages, n=10):
     """HTML. real: held-out poems as lines; stages: {name: [(order, text), ...]}, an order perhaps ''.
 
-    Of each stage without orders the first n poems, then the first n orders with the poems of every stage."""
+    Of each stage without orders the first n poems, then its first n orders with the poems of every stage."""
     samples = [('真诗', order, text) for name, order, text in limits(real) if name.startswith('real')]
     samples += [(name, order, text) for name, found in stages.items() for order, text in found]
     table, parts = shares(judge, samples), []
@@ -64,7 +64,8 @@ def page(judge, real, stages, n=10):
             boxes = ''.join(poem_box(judge, '', *one) for one in found[:n])
             parts.append(f'<h2>{html.escape(name)}</h2><div class="poems">{boxes}</div>')
     ordered = {name: found for name, found in stages.items() if found[0][0]}
-    for order in list(dict.fromkeys(order for found in ordered.values() for order, _ in found))[:n]:
+    firsts = [list(dict.fromkeys(order for order, _ in found))[:n] for found in ordered.values()]
+    for order in dict.fromkeys(order for some in firsts for order in some):
         boxes = ''.join(poem_box(judge, name, order, dict(reversed(found))[order])
                         for name, found in ordered.items() if order in dict(found))
         parts.append(f'<h2>{html.escape(order)}</h2><div class="poems">{boxes}</div>')
