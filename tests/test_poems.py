@@ -115,7 +115,8 @@ def test_the_sets_are_written_the_same_in_each_run(make, raw):
         assert path.read_bytes() == (again / path.name).read_bytes()
     built_in = {file[4:] for _, file, command in BUILT_IN.values() if command == 'data/poems.py'}
     assert {path.name for path in raw.iterdir()} == {
-        poems_py.ARCHIVE, 'poems_form.json', 'ci_orders.txt', 'poems_orders.txt', 'poems_practice.txt', *built_in}
+        poems_py.ARCHIVE, 'poems_form.json', 'poems_orders.txt', 'poems_practice.txt', 'ci_orders.txt',
+        *built_in}
 
 
 def poems_of(folder):
