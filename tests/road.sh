@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
 # A whole road, from text to a model that takes orders, with the commands that the README tells:
 #
-#     bash tests/road.sh              each stage on its default data -> out, and a table in out/road.md
+#     bash tests/road.sh              each stage on its default data -> out, and a table, out/road.md
 #     bash tests/road.sh poems        Chinese poems (data/poems.py says how to get them) -> out/poems
 #
-# The runs go into the folder out where it is called. STEPS=4 bash tests/road.sh takes four steps a stage: a trial.
-# Of the poems, after each stage stand the marks of what it writes, beside those of real poems; the end is a page.
-# SEED=2 OUT=out/again bash tests/road.sh poems repeats it with other random numbers.
+# STEPS=4 bash tests/road.sh takes four steps a stage: a trial. SEED=2 OUT=out/again bash tests/road.sh poems repeats
+# it with other random numbers. After each of its stages stand the marks of what it writes, beside those of real
+# poems; the end is a page.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$(dirname "$0")/.."
 
 run() {                             # say a command and run it
     printf '\n$ python %s\n' "$*" >&2
-    python "$root/$1" "${@:2}"
+    python "$@"
 }
 
-stage() {                           # stage WORDS KEY RUN SCRIPT OPTIONS...: run it, and note its KEY before and after
-    local began=$SECONDS
-    run "${@:4}" ${STEPS:+--max_iters=$STEPS --eval_interval=$STEPS} | tee out/stage.log
+stage() {                           # stage WORDS KEY RUN SCRIPT OPTIONS...: run it, note its KEY before and after
+    local began=$SECONDS trial=()
+    [ -z "${STEPS:-}" ] || trial=(--max_iters="$STEPS" --eval_interval="$STEPS" $(grep -q ^report_size "$4" &&
+        echo --report_size=4))
+    run "${@:4}" ${trial[@]+"${trial[@]}"} | tee out/stage.log
     python - "$@" $((SECONDS - began)) >> out/road.md <<'PYTHON'
 import json, shlex, sys
 words, key, run, *command, seconds = sys.argv[1:]
@@ -47,19 +49,19 @@ default() {
 
 write() {                           # write RUN OPTIONS...: what a run writes, and its marks
     printf '\n$ python sample.py --out_dir=%s %s > %s/samples.txt\n' "$1" "${*:2}" "$1"
-    python "$root/sample.py" --out_dir="$1" "${@:2}" > "$1/samples.txt" 2> "$1/samples.log" ||
+    python sample.py --out_dir="$1" "${@:2}" > "$1/samples.txt" 2> "$1/samples.log" ||
         { cat "$1/samples.log" >&2; exit 1; }           # else it holds a line of speed for each text
     run data/poems.py --judge="$1/samples.txt"
 }
 
 obey() {                            # obey RUN poems|ci: the same held-out orders for each run, two poems to each
-    head -n 100 "$root"/data/raw/"$2"_orders.txt | write "$1" --chat --num_samples=2 --max_new_tokens=100
+    head -n 100 data/raw/"$2"_orders.txt | write "$1" --chat --num_samples=2 --max_new_tokens=100
 }
 
 poems() {
     out=${OUT:-out/poems} seed=${SEED:-1337}
-    [ -f "$root"/data/raw/poems_practice.txt ] || run data/poems.py
-    run train_tokenizer.py --input="$root"/data/raw/poems.jsonl --split_han --out_dir="$out/tokenizer"
+    [ -f data/raw/poems_practice.txt ] || run data/poems.py
+    run train_tokenizer.py --input=data/raw/poems.jsonl --split_han --out_dir="$out/tokenizer"
 
     run pretrain.py --dataset=poems --tokenizer="$out/tokenizer" --prompt=《 --max_iters=480 --eval_interval=240 \
         --seed="$seed" --out_dir="$out/pretrain"
@@ -74,9 +76,9 @@ poems() {
     obey "$out/sft" poems
 
     run sample.py --out_dir="$out/sft" --chat --num_samples=8 --max_new_tokens=100 --temperature=0.8 \
-        < "$root"/data/raw/poems_practice.txt > "$out/practice.txt"
+        < data/raw/poems_practice.txt > "$out/practice.txt"
     run data/poems.py --pairs="$out/practice.txt"
-    run prepare.py --input="$root"/data/raw/poems_own.jsonl --tokenizer="$out/tokenizer"
+    run prepare.py --input=data/raw/poems_own.jsonl --tokenizer="$out/tokenizer"
     run dpo.py --init_from="$out/sft" --dataset=poems_own --block_size=128 --batch_size=16 --epochs=2 \
         --learning_rate=1e-4 --seed="$seed" --out_dir="$out/dpo"
     obey "$out/dpo" poems
@@ -87,7 +89,7 @@ poems() {
         obey "$out/ci_$stage" ci
     done
 
-    run prepare.py --input="$root"/data/raw/poems_taught.jsonl --tokenizer="$out/tokenizer"
+    run prepare.py --input=data/raw/poems_taught.jsonl --tokenizer="$out/tokenizer"
     for how in "student $out/sft poems_sft" "alone '' poems_sft" "taught '' poems_taught"; do
         set -- $how
         run distill.py --teacher="${2//\'/}" --dataset="$3" --max_iters=120 --report_size=0 --out_dir="$out/$1"

@@ -2,12 +2,16 @@
 
     python tests/test_readme.py         # prints each command with what runs it
 """
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ONE_THREAD
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -92,6 +96,23 @@ def test_both_readmes_have_the_same_sections():
     english, chinese = (re.findall(r'^## ', (ROOT / name).read_text(), re.M)
                         for name in ('README.md', 'README.zh-CN.md'))
     assert len(chinese) >= len(english)
+
+
+def test_the_road_is_walked_by_one_command(tmp_path):
+    """In a copy of what is committed, whose folder has a name with a space and Chinese letters."""
+    copy, path = tmp_path / '路 one', f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for pattern in '*.py', 'config/*', 'data/*.*', 'tests/road.sh':
+        for file in ROOT.glob(pattern):
+            (copy / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy / file.relative_to(ROOT))
+    env = {**ONE_THREAD, 'STEPS': '2', 'PATH': path}
+    done = subprocess.run(['bash', 'tests/road.sh'], cwd=copy, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = (copy / 'out' / 'road.md').read_text().splitlines()[2:]
+    assert [re.search('`python (.*?)`', row)[1] for row in rows] == [
+        'pretrain.py', 'finetune_cls.py', 'sft.py', 'dpo.py', 'lora.py', 'distill.py --max_iters=120',
+        'distill.py config/reason.py']
+    assert all(re.search(r'\| \d+\.\d{3} \| \d+\.\d{3} \|', row) for row in rows)
 
 
 if __name__ == '__main__':
