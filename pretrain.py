@@ -653,11 +653,13 @@ def report_positions(training, split):
     """Say, log and draw the held-out loss by position."""
     config = training.config
     block_size, length = config['block_size'], config['eval_block_size'] or config['block_size']
-    sums = loss_by_position(training.model, training.run, split, min(length, len(split.tokens) - 1),
-                            config['batch_size'], config['eval_iters'])
+    found = min(length, len(split.tokens) - 1)
+    sums = loss_by_position(training.model, training.run, split, found, config['batch_size'],
+                            config['eval_iters'])
     bands = bands_of(sums, block_size)
     training.say("held-out loss by position  " + "  ".join(
-        f"{first}-{last} {loss:.4f}" for first, last, loss in bands))
+        f"{first}-{last} {loss:.4f}" for first, last, loss in bands)
+        + "  (the held-out text ends there)" * (found < length))
     if training.log:
         training.log.write(step=training.step, **{
             f'val_loss_{first}_{last}': loss for first, last, loss in bands})
