@@ -657,7 +657,7 @@ def report_positions(training, split):
     sums = loss_by_position(training.model, training.run, split, found, config['batch_size'],
                             config['eval_iters'])
     bands = bands_of(sums, block_size)
-    training.say("held-out loss by position  " + "  ".join(
+    training.say("held-out nats by position  " + "  ".join(
         f"{first}-{last} {loss:.4f}" for first, last, loss in bands)
         + "  (the held-out text ends there)" * (found < length))
     if training.log:

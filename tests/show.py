@@ -29,8 +29,8 @@ from pretrain import bands_of, loss_by_position  # noqa: E402
 from sample import generate, load_run  # noqa: E402
 
 PICTURES = ROOT / 'out' / 'pictures'
-SMALL = dict(dataset='pydoc', n_layer=4, n_head=4, n_kv_head=2, n_embd=128, block_size=64, batch_size=32,
-             max_iters=300, log_interval=10)
+SMALL = dict(dataset='pydoc', n_layer=2, n_head=4, n_kv_head=2, n_embd=128, block_size=64, batch_size=16,
+             max_iters=250, log_interval=10)
 
 
 def train(folder, **settings):
@@ -134,7 +134,7 @@ def heads(folder, length=512, **settings):
 
 def experts(folder, **settings):
     """A mixture of experts with the load-balancing loss and without: who gets the tokens (II-6)"""
-    settings = {**SMALL, 'n_layer': 2, 'use_moe': True, 'num_experts': 4, 'num_experts_per_tok': 1,
+    settings = {**SMALL, 'use_moe': True, 'num_experts': 4, 'num_experts_per_tok': 1,
                 'norm_topk_prob': False, **settings}
     rows, panels = [], {}
     for coefficient in (0.0, 0.02):
