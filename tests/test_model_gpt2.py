@@ -245,4 +245,4 @@ def test_a_run_of_gpt2_from_scratch_to_transformers_and_back(script, tmp_path, t
     again, _, checkpoint = load_run(tmp_path / 'more')
     assert checkpoint['model_type'] == 'gpt2' and again.config.context == 32
     assert all(torch.equal(w, model.state_dict()[name]) for name, w in again.state_dict().items())
-    assert 'more than the context' in script('pretrain.py', *start, '--block_size=64', code=2).stderr
+    assert 'longer than the context' in script('pretrain.py', *start, '--block_size=64', code=2).stderr
