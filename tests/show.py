@@ -30,7 +30,7 @@ from sample import generate, load_run  # noqa: E402
 
 PICTURES = ROOT / 'out' / 'pictures'
 SMALL = dict(dataset='pydoc', n_layer=2, n_head=4, n_kv_head=2, n_embd=128, block_size=64, batch_size=16,
-             max_iters=250, log_interval=10)
+             max_iters=200, log_interval=10)
 
 
 def train(folder, **settings):
@@ -100,7 +100,7 @@ def norms(folder, **settings):
         curves[name] = [(line['step'], line['loss']) for line in lines if 'loss' in line]
         fastest = max(line['tokens_per_second'] for line in lines if 'loss' in line)
         rows.append([name, loss, 1e3 * tokens / fastest, best[name]])
-    table(['norm', 'held-out loss', 'ms a step', 'of it one norm, forward and backward'], rows)
+    table(['norm', 'held-out loss', 'ms a step', 'ms a norm, forward and backward'], rows)
     for axes in draw(PICTURES / 'norms.png'):
         for (name, curve), style in zip(curves.items(), ('-', '--')):
             axes.plot(*zip(*curve), style, label=name)
@@ -142,7 +142,7 @@ def experts(folder, **settings):
         steps, loads = zip(*((line['step'], line['expert_load']) for line in lines if 'loss' in line))
         rows.append([str(coefficient), loss])
         for layer, shares in enumerate(zip(*loads)):
-            panels[f"{coefficient}, layer {layer}"] = shares
+            panels[f"coef {coefficient}, layer {layer}"] = shares
             rows[-1] += ' '.join(f'{share:.0%}' for share in sorted(shares[-1], reverse=True)),
     table(['router_aux_loss_coef', 'held-out loss', *(
         f'layer {layer}: visits of each expert' for layer in range(settings['n_layer']))], rows)
