@@ -129,8 +129,8 @@ RESUME_MAY_CHANGE = {
     'init_from', 'out_dir', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'report_size',
     'max_new_tokens', 'prompt', 'wandb_log', 'tokenizer', 'batch_size', 'gradient_accumulation_steps',
     'cache_reference', 'learning_rate', 'min_lr', 'warmup_iters', 'grad_clip', 'device', 'dtype', 'compile',
-    'always_save_checkpoint', 'epochs', 'eval_only', 'decay_lr', 'lr_decay_iters', 'wandb_project',
-    'wandb_run_name', 'parallel', 'activation_checkpointing', *INSTEAD}
+    'always_save_checkpoint', 'epochs', 'eval_only', 'eval_block_size', 'decay_lr', 'lr_decay_iters',
+    'wandb_project', 'wandb_run_name', 'parallel', 'activation_checkpointing', *INSTEAD}
 
 
 def configure(settings, only=None, **rules):
@@ -883,10 +883,19 @@ class MetricsLog:
                 axes.legend()
         if 'expert_load' in curves:
             steps, loads = zip(*curves['expert_load'])                  # loads: (lines, layers, experts)
-            for layer, axes in enumerate(draw(os.path.join(self.out_dir, 'experts.png'), len(loads[0]))):
-                axes.plot(steps, [load[layer] for load in loads])
-                axes.axhline(1 / len(loads[0][0]), color='grey', linestyle=':')         # the fair share
-                axes.set(title=f"layer {layer}", xlabel='step', ylabel='share of each expert')
+            draw_shares(os.path.join(self.out_dir, 'experts.png'), steps,
+                        {f"layer {layer}": shares for layer, shares in enumerate(zip(*loads))})
+
+
+def draw_shares(path, steps, panels):
+    """Draw what share of the visits each expert gets over the steps: panels {title: (lines, experts)}."""
+    for axes, (title, shares) in zip(draw(path, len(panels)), panels.items()):
+        for e, share in enumerate(zip(*shares)):        # colours come again after ten
+            axes.plot(steps, share, label=f"expert {e}", linestyle=('-', '--', '-.', ':')[e // 10 % 4])
+        axes.axhline(1 / len(shares[0]), color='grey', linestyle=':')                   # the fair share
+        axes.set(title=title, xlabel='step', ylabel='share of the visits')
+        if title == [*panels][-1]:
+            axes.legend(loc='upper left', bbox_to_anchor=(1, 1), ncols=math.ceil((e + 1) / 10))
 
 
 def draw(path, panels=1):

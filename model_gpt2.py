@@ -1,5 +1,5 @@
 """
-GPT-2 (Radford et al. 2019), a decoder-only transformer (chapters I-2 to I-5; sinusoidal positions: II-3).
+GPT-2 (Radford et al. 2019), a decoder-only transformer (chapters I-2 to I-5).
 
     tokens -> embedding + position -> n x [ x + Attention(LayerNorm(x)); x + FeedForward(LayerNorm(x)) ]
            -> LayerNorm -> logits
@@ -49,7 +49,6 @@ class GPT2Config:
     qkv_bias: bool = True                  # False: query, key and value are purely linear, as in the chapters
     activation_function: str = 'gelu_new'  # GELU in OpenAI's approximation, or exact: 'gelu' (nanoGPT)
     tie_word_embeddings: bool = True       # False: the output head has its own weights, as in the chapters
-    positions: str = 'learned'             # or 'sinusoidal'
     unseen = ('activation_function',)                          # by nanoGPT's ckpt.pt; these 4 are no fields
     model_type = 'gpt2'
     use_moe = False                                            # GPT-2 has no experts
@@ -62,20 +61,9 @@ class GPT2Config:
             raise ValueError(f"GPT-2 has no activation_function={self.activation_function!r}: {[*GELU]}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.positions not in ('learned', 'sinusoidal'):
-            raise ValueError(f"positions must be 'learned' or 'sinusoidal', not {self.positions!r}")
-        if self.positions == 'sinusoidal' and self.n_embd % 2:
-            raise ValueError(f"n_embd {self.n_embd} is odd, but sinusoidal positions fill it with pairs")
+
 
 # ---- the formulas ----
-
-def sinusoidal_positions(positions, dim):
-    """(positions, dim): sin(p / 10000^(2i/dim)) at 2i, the cosine of it at 2i + 1 (Vaswani et al. 2017,
-    section 3.5; chapter II-3). Low dimensions turn fast, high ones slowly; nothing is learned."""
-    frequencies = 10000 ** (-torch.arange(0, dim, 2).float() / dim)                    # (dim/2,)
-    angles = torch.outer(torch.arange(positions).float(), frequencies)                 # (positions, dim/2)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)                # (positions, dim)
-
 
 def plain_layer_norm(x, weight, bias, eps=1e-5):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016; chapter
@@ -294,10 +282,6 @@ class GPT2(nn.Module):
                 # there (Radford et al. 2019, section 2.3)
                 shrink = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1
                 nn.init.normal_(p, std=config.initializer_range / shrink)
-        if config.positions == 'sinusoidal':
-            size = config.initializer_range or 1.0      # of new token embeddings; larger ones drown them
-            table = size * sinusoidal_positions(config.n_positions, config.n_embd)
-            self.transformer.wpe = nn.Embedding.from_pretrained(table, freeze=True)
 
     def forward(self, tokens, targets=None, cache=None, segments=None, head=True):
         """Logits for the token after each token, and their mean loss.

@@ -28,6 +28,8 @@ from torch.nn import functional as F
 
 from configurator import build_model, check_sizes, read_json, read_weights, write_model
 
+POSITIONS = ('rope', 'learned', 'sinusoidal', 'none')
+
 
 @dataclass
 class MiniMindConfig:
@@ -47,6 +49,7 @@ class MiniMindConfig:
     tie_word_embeddings: bool = True
     dropout: float = 0.0
     attention_bias: bool = False           # biases on query, key and value (Qwen2)
+    positions: str = 'rope'                # or, to compare, 'learned', 'sinusoidal' or 'none'; see MiniMind
     rope_scaling: dict | None = None       # YaRN, as `extend_context` writes it, or Llama 3's; see rope_table
     # mixture of experts (chapter II-6); all that follows is ignored without use_moe
     use_moe: bool = False
@@ -77,10 +80,17 @@ class MiniMindConfig:
             self.head_dim = self.hidden_size // self.num_attention_heads
         check('head_dim', 2, "RoPE's pairs of")
         check('num_attention_heads', self.num_key_value_heads, 'num_key_value_heads')
-        if self.context * self.head_dim > 1 << 27 or self.rope_theta <= 1:
-            raise ValueError(f"RoPE's table: rope_theta {self.rope_theta} must be above 1, and positions x "
-                             f"head_dim {self.context} x {self.head_dim} at most {1 << 27}, which is 1 GB")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, not {self.positions!r}")
+        if self.positions == 'sinusoidal':
+            check('hidden_size', 2, "sinusoidal positions' pairs of")
+        width = self.head_dim if self.positions == 'rope' else self.hidden_size
+        if self.context * width > 1 << 27 or self.rope_theta <= 1:
+            raise ValueError(f"the table of positions: rope_theta {self.rope_theta} must be above 1, and "
+                             f"positions x width {self.context} x {width} at most {1 << 27}, which is 1 GB")
         scaling = self.rope_scaling or {}
+        if scaling and self.positions != 'rope':
+            raise ValueError(f"rope_scaling is for positions='rope', not {self.positions!r}")
         llama3 = scaling.get('rope_type') == 'llama3'
         keys = dict(factor=None, original_max_position_embeddings=None, **(             # and their defaults
             dict(low_freq_factor=None, high_freq_factor=None) if llama3 else
@@ -109,6 +119,14 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
+
+
+def sinusoidal_positions(positions, dim):
+    """(positions, dim): sin(p / 10000^(2i/dim)) at 2i, the cosine of it at 2i + 1 (Vaswani et al. 2017,
+    section 3.5; chapter II-3). Low dimensions turn fast, high ones slowly; nothing is learned."""
+    frequencies = 10000 ** (-torch.arange(0, dim, 2).float() / dim)                    # (dim/2,)
+    angles = torch.outer(torch.arange(positions).float(), frequencies)                 # (positions, dim/2)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)                # (positions, dim)
 
 
 def rope_table(config):
@@ -141,6 +159,14 @@ def rope_table(config):
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
     angles = torch.cat([angles, angles], dim=-1)                                       # (positions, D)
     return torch.stack([angles.cos(), angles.sin()]) * grow
+
+
+def position_table(config):
+    """What tells where a token stands and is computed: RoPE's table; sinusoids (positions, C) to be added to
+    embeddings, in the size of new ones, as larger ones would drown them; else None."""
+    if config.positions == 'sinusoidal':
+        return 0.02 * sinusoidal_positions(config.context, config.hidden_size)
+    return rope_table(config) if config.positions == 'rope' else None
 
 
 def apply_rope(x, cos, sin):
@@ -207,11 +233,14 @@ class Attention(nn.Module):
         self.k_norm = norm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, allowed=None, cache=None):
-        """x (B, T, C) -> (B, T, C). allowed: what each query may look at; None is plain causal order."""
+        """x (B, T, C) -> (B, T, C). cos, sin: of RoPE, None without it. allowed: what each query may look at;
+        None is plain causal order."""
         B, T, _ = x.shape
         q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # (B, T, C) -> (B, heads, T, D)
                    for project in (self.q_proj, self.k_proj, self.v_proj))     # H heads of q, H_kv of k and v
-        q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cos is not None:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                          # (B, H_kv, S, D), S = past + T
         # plain_attention, in a kernel that never stores the scores
@@ -471,11 +500,13 @@ class MiniMind(nn.Module):
             layers=nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)]),
             norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
         ))
+        if config.positions == 'learned':
+            self.model.embed_positions = nn.Embedding(config.context, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         with torch.device('cpu'):                       # computed, so not saved; there on a meta model too
-            self.register_buffer('rope', rope_table(config), persistent=False)         # (2, positions, D)
+            self.register_buffer('table', position_table(config), persistent=False)
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 # matrices that write into the residual stream start smaller, as 2 x layers of them add up
@@ -496,8 +527,14 @@ class MiniMind(nn.Module):
                   the mean negative log-likelihood in nats over targets, or None
         """
         positions, allowed = positions_and_mask(tokens, cache, segments, self.config.context)
-        cos, sin = self.rope[:, positions].unsqueeze(2)                                # (B, 1, T, D) each
-        x = self.model.dropout(self.model.embed_tokens(tokens))                        # (B, T) -> (B, T, C)
+        x, cos, sin = self.model.embed_tokens(tokens), None, None                      # (B, T) -> (B, T, C)
+        if self.config.positions == 'rope':
+            cos, sin = self.table[:, positions].unsqueeze(2)                           # (B, 1, T, D) each
+        elif self.config.positions == 'learned':
+            x = x + self.model.embed_positions(positions)
+        elif self.config.positions == 'sinusoidal':
+            x = x + self.table[positions]
+        x = self.model.dropout(x)
         for block in self.model.layers:
             x = block(x, cos, sin, allowed, cache)
         x = self.model.norm(x)
@@ -520,9 +557,14 @@ class MiniMind(nn.Module):
 
     def extend_context(self, factor=1.0, length=1):
         """Read texts of `length` tokens, for which RoPE needs a longer table but no parameters; with a
-        factor, texts so many times longer than the model was trained on, by YaRN."""
+        factor, texts so many times longer than the model was trained on, by YaRN. ValueError where the
+        positions cannot."""
         config = self.config
+        if config.positions == 'learned' and length > config.context:
+            raise ValueError(f"its learned positions end at {config.context}: it cannot read {length} tokens")
         if factor > 1:
+            if config.positions != 'rope':
+                raise ValueError(f"YaRN slows down RoPE, which positions={config.positions!r} have not")
             if config.rope_scaling:
                 raise ValueError(f"the context is extended already: {config.rope_scaling}")
             trained = config.trained_length or config.context
@@ -530,7 +572,8 @@ class MiniMind(nn.Module):
             config = replace(config, rope_scaling=dict(rope_type='yarn', factor=float(factor),
                                                        original_max_position_embeddings=trained))
         self.config = replace(config, max_position_embeddings=max(config.context, length))
-        self.rope = rope_table(self.config).to(self.rope)
+        if self.table is not None:
+            self.table = position_table(self.config).to(self.table)
 
     def make_cache(self, batch_size, max_tokens):
         """An empty KV cache for `max_tokens` tokens, prompt and answer together."""
@@ -579,7 +622,8 @@ REQUIRED = dict(hidden_act='silu', attention_bias=False, mlp_bias=False, use_sli
                 decoder_sparse_step=1, mlp_only_layers=[], scoring_func='softmax')
 SYNONYMS = dict(num_local_experts='num_experts', n_routed_experts='num_experts',
                 aux_loss_alpha='router_aux_loss_coef')
-OURS = ('dropout', 'qk_norm', 'use_moe', 'n_shared_experts', 'attention_bias')      # no keys of transformers
+OURS = ('dropout', 'qk_norm', 'use_moe', 'n_shared_experts', 'attention_bias',     # no keys there
+        'positions')
 EXPERT_KEYS = ('num_experts', 'num_experts_per_tok', 'moe_intermediate_size', 'norm_topk_prob',
                'router_aux_loss_coef', 'seq_aux')
 MINIMIND2 = dict(rms_norm_eps=1e-5, num_experts_per_tok=2, router_aux_loss_coef=0.01, seq_aux=True)
@@ -653,6 +697,8 @@ def config_to_hf(config):
     """The config.json of the transformers model that computes the same; ValueError if there is none."""
     if config.use_moe and (config.n_shared_experts or not config.qk_norm):
         raise ValueError("transformers has no mixture with shared experts or without qk_norm")
+    if config.positions != 'rope':
+        raise ValueError(f"transformers has this model with RoPE, not with positions={config.positions!r}")
     if config.attention_bias and config.qk_norm:
         raise ValueError("transformers has no model with both attention_bias and qk_norm")
     kind = ('qwen3_moe' if config.use_moe else 'qwen3' if config.qk_norm else

@@ -21,6 +21,7 @@ Every later stage takes from here its loop, Training, and its optimizers.
 """
 import functools
 import math
+import os
 import re
 import signal
 import sys
@@ -28,15 +29,17 @@ import time
 from contextlib import ExitStack, nullcontext
 from shlex import quote
 
-from configurator import (MetricsLog, at_least, check_weights, clock, configure, fail, make_folder, one_of,
-                          restore_rng, save_checkpoint, start_run)
+from configurator import (MetricsLog, at_least, check_weights, clock, configure, draw, fail, make_folder,
+                          one_of, restore_rng, save_checkpoint, start_run)
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute
 
+from model_minimind import POSITIONS
 from prepare import data_folder, open_data
 from sample import MODELS, answers, evaluating, load_start
 from train_tokenizer import load_tokenizer
@@ -49,6 +52,7 @@ epochs = 0.0                    # passes over the data instead of max_iters; 0 t
 eval_interval = 160             # save, measure the held-out loss and print a sample every so many steps
 always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 200                # batches of held-out text to measure on, at most
+eval_block_size = 0             # tokens in a row whose loss is told by position, at the end; 0 is block_size
 log_interval = 10               # print a line every so many steps
 prompt = 'def is_'              # what that sample continues
 seed = 1337                     # of the weights, the order of the data, dropout
@@ -62,16 +66,16 @@ block_size = 256                # tokens in a row
 stride = 0                      # tokens from row to row (chapter I-1); 0 tiles the text anew each epoch
 # the model, when from scratch: any other brings all of this itself, but for dropout
 model = 'minimind'              # 'minimind' or 'gpt2'
-context = 0                     # tokens the model can read at once; 0 is block_size
+context = 0                     # tokens the model can read at once; 0: as long as the rows it is given
 n_layer = 4                     # blocks
 n_head = 4                      # query heads
 n_kv_head = 2                   # minimind: key and value heads; n_head is multi-head, 1 is multi-query
 n_embd = 256                    # width
 intermediate_size = 0           # minimind: width inside the feed-forward; 0 is 8/3 n_embd, up to 64
 qk_norm = True                  # minimind: RMSNorm on queries and keys
+positions = 'rope'              # minimind: or 'learned', 'sinusoidal', 'none', to compare (II-3, II-4)
 bias = True                     # gpt2: biases, in LayerNorm too; False: none anywhere
 qkv_bias = True                 # gpt2: biases on queries, keys and values
-positions = 'learned'           # gpt2: 'learned' or 'sinusoidal'
 init_std = 0.02                 # gpt2: standard deviation of new weights; 0 is PyTorch's own initialisation
 tie_word_embeddings = True      # the output head shares the embedding's weights
 dropout = 0.0                   # share of activations dropped while training
@@ -384,7 +388,7 @@ def flops_per_token(model, length):
     config = model.config
     idle = 1 - config.num_experts_per_tok / config.num_experts if config.use_moe else 0
     N = sum(p.numel() * (1 - idle * ('.mlp.experts.' in name))
-            for name, p in model.named_parameters() if 'wpe' not in name)
+            for name, p in model.named_parameters() if name.split('.')[1] not in ('wpe', 'embed_positions'))
     L, width = ((config.n_layer, config.n_embd) if config.model_type == 'gpt2' else
                 (config.num_hidden_layers, config.num_attention_heads * config.head_dim))
     return 6 * N + 12 * L * width * length
@@ -594,10 +598,15 @@ def target_positions(targets):
 
 # ---- held-out loss and a sample ----
 
+def held_out_starts(split, block_size, rows):
+    """Where rows that tile a split start: all, or at most so many of them, spread evenly."""
+    starts = range(0, len(split.tokens) - 1, block_size)
+    return starts[::math.ceil(len(starts) / rows)]
+
+
 def held_out_loss(model, run, split, block_size, batch_size, eval_iters):
     """Mean nats per token of a split, over at most eval_iters batches spread evenly; ranks share the work."""
-    starts = range(0, len(split.tokens) - 1, block_size)
-    starts = starts[::math.ceil(len(starts) / (eval_iters * batch_size))]
+    starts = held_out_starts(split, block_size, eval_iters * batch_size)
     return mean_loss(model, run, starts, lambda rows: (*batch_at(split, rows, block_size), None), batch_size)
 
 
@@ -615,23 +624,71 @@ def mean_loss(model, run, rows, make_batch, batch_size):
     return total / max(1, count)
 
 
+def loss_by_position(model, run, split, length, batch_size, eval_iters):
+    """Nats at each position of rows of so many tokens, (2, length): their sum over the rows, and how many
+    targets stand there. The first position has one token to look at, the last one the whole row."""
+    starts, sums = held_out_starts(split, length, eval_iters * batch_size), torch.zeros(2, length)
+    mine = starts[run.rank::run.world_size]
+    with evaluating(model):
+        for i in range(0, len(mine), batch_size):
+            x, y = to_device(batch_at(split, mine[i:i + batch_size], length), run.device)
+            with run.autocast():
+                hidden = model(x, head=False)[0]                                       # (B, T, C)
+                for row, own in zip(hidden, y):         # all logits at once would be large
+                    losses = F.cross_entropy(model.lm_head(row).float(), own, reduction='none')
+                    sums += torch.stack([losses, own != -100]).cpu()
+    return torch.tensor(run.sum(*sums.flatten().tolist())).view(2, length)
+
+
+def bands_of(sums, block_size):
+    """[[first, last position, mean loss], ...] of loss_by_position: bands that double, so that one ends with
+    the rows of training. What has no target is left out."""
+    length = sums.size(1)
+    ends = sorted({min(int(block_size * 2.0**k), length) for k in range(-2, 30)} - {0})
+    sums = [(first, last, *sums[:, first:last].sum(1).tolist()) for first, last in zip([0, *ends], ends)]
+    return [[first + 1, last, total / count] for first, last, total, count in sums if count]
+
+
+def report_positions(training, split):
+    """Say, log and draw the held-out loss by position."""
+    config = training.config
+    block_size, length = config['block_size'], config['eval_block_size'] or config['block_size']
+    found = min(length, len(split.tokens) - 1)
+    sums = loss_by_position(training.model, training.run, split, found, config['batch_size'],
+                            config['eval_iters'])
+    bands = bands_of(sums, block_size)
+    training.say("held-out nats by position  " + "  ".join(
+        f"{first}-{last} {loss:.4f}" for first, last, loss in bands)
+        + "  (the held-out text ends there)" * (found < length))
+    if training.log:
+        training.log.write(step=training.step, **{
+            f'val_loss_{first}_{last}': loss for first, last, loss in bands})
+        for axes in draw(os.path.join(config['out_dir'], 'positions.png')):
+            for first, last, loss in bands:
+                axes.plot([first - 1, last], [loss, loss], color='C0' if last <= block_size else 'C3')
+            axes.set(xlabel=f"position in the row (red: beyond the {block_size} of training)",
+                     ylabel="held-out loss")
+
+
 # ---- the stage ----
 
 EXPERTS = ('num_experts num_experts_per_tok n_shared_experts moe_intermediate_size norm_topk_prob '
            'router_aux_loss_coef seq_aux')
 ONLY = {        # settings that apply only under a condition, see configure
     'init_from=scratch': 'model tokenizer context n_layer n_head n_kv_head n_embd intermediate_size qk_norm '
-                         f'bias qkv_bias positions init_std tie_word_embeddings use_moe {EXPERTS}',
-    'model=minimind': 'n_kv_head intermediate_size qk_norm use_moe',
-    'model=gpt2': 'bias qkv_bias positions init_std',
+                         f'positions bias qkv_bias init_std tie_word_embeddings use_moe {EXPERTS}',
+    'model=minimind': 'n_kv_head intermediate_size qk_norm positions use_moe',
+    'model=gpt2': 'bias qkv_bias init_std',
     'use_moe=True': EXPERTS}
 
 
 def new_model(config, vocab_size):
     """The model of the settings, with random weights. Its sizes have the settings' names, or these."""
-    config = {**config, 'context': config.get('context') or config['block_size']}
-    if config['context'] < config['block_size']:
-        fail(f"--context={config['context']} is less than --block_size={config['block_size']}")
+    rows = {key: config.get(key, 0) for key in ('block_size', 'eval_block_size')}
+    config = {**config, 'context': config.get('context') or max(rows.values())}
+    for key, length in rows.items():
+        if config['context'] < length:
+            fail(f"--context={config['context']} is less than --{key}={length}")
     names = dict(n_positions='context', initializer_range='init_std', hidden_size='n_embd',
                  num_hidden_layers='n_layer', num_attention_heads='n_head', num_key_value_heads='n_kv_head',
                  max_position_embeddings='context', trained_length='block_size')
@@ -656,10 +713,10 @@ def check_shape(config):
 
 if __name__ == '__main__':
     config = configure(
-        globals(), ONLY, model=one_of('minimind', 'gpt2'), positions=one_of('learned', 'sinusoidal'),
+        globals(), ONLY, model=one_of('minimind', 'gpt2'), positions=one_of(*POSITIONS),
         num_experts=at_least(1), num_experts_per_tok=at_least(1), **{key: at_least(0) for key in (
-            'stride', 'init_std', 'intermediate_size', 'moe_intermediate_size', 'n_shared_experts',
-            'router_aux_loss_coef')})
+            'stride', 'eval_block_size', 'init_std', 'intermediate_size', 'moe_intermediate_size',
+            'n_shared_experts', 'router_aux_loss_coef')})
     run = start_run(device, dtype, seed)
     checkpoint = None
     if init_from != 'scratch':
@@ -698,4 +755,6 @@ if __name__ == '__main__':
             experts = dict(aux=aux * n, expert_load=model.expert_load() * n) if model.config.use_moe else {}
             training.backward((loss + aux) * n, loss=loss * n, **experts)
         training.update(tokens=training.rows * block_size)
+    if not training.stopping:
+        report_positions(training, val)
     training.close(f"the model is in {out_dir}: python sample.py --out_dir={quote(out_dir)}")

@@ -280,7 +280,7 @@ def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0, g
     """(model, tokenizer, checkpoint) of a run's folder; of a Hugging Face folder, a file of weights alone or
     an official name ('gpt2', ...), which have no checkpoint. In evaluation mode; dropout is for when it is
     trained. One line if there is no such model. A MiniMind with a context shorter than block_size gets a
-    longer one, as RoPE has no parameters; yarn_factor: see extend_context; given: see load_bare."""
+    longer one, if its positions are no parameters; yarn_factor: see extend_context; given: see load_bare."""
     checkpoint, guessed, path = None, '', os.path.join(source, 'config.json')
     try:
         if source in OFFICIAL:
@@ -314,16 +314,18 @@ def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0, g
                 model = model_of(checkpoint, source, dropout=dropout)
         if yarn_factor > 1 and model.config.model_type != 'minimind':
             fail("--yarn_factor slows down RoPE, which GPT-2 does not have")
-        if model.config.model_type == 'minimind' and (yarn_factor > 1 or block_size > model.config.context):
-            if block_size > model.config.context:
-                tell(f"the context of {source} grows from {model.config.context} to block_size={block_size}")
+        context = model.config.context
+        if model.config.model_type == 'minimind' and (yarn_factor > 1 or block_size > context):
             model.extend_context(yarn_factor, block_size)
+            if block_size > context:
+                tell(f"the context of {source} grows from {context} to {block_size} tokens")
     except (OSError, ValueError, ImportError) as e:     # what from_pretrained and build_model raise
         fail(str(e) if str(source) in str(e) else f"{source}: {e}")
     if tokenizer.vocab_size > model.config.vocab_size:
         fail(f"{source}: its tokenizer has {tokenizer.vocab_size} ids, its model {model.config.vocab_size}")
     if block_size > model.config.context:
-        fail(f"--block_size={block_size} is more than the context of {source}, {model.config.context}")
+        fail(f"rows of {block_size} tokens are longer than the context of {source}: the longest --block_size "
+             f"is {model.config.context}")
     if guessed:
         tell(f"{source} does not say, so guessed: {guessed}; --weights_config corrects it", sys.stderr)
     return model.to(device), tokenizer, checkpoint
@@ -481,7 +483,8 @@ def for_decoding(model, dtype, int8=False):
 
 def load_start(run, config):
     """What load_run finds in init_from, where a stage starts, or to resume in out_dir."""
-    how = run.device, config.get('dropout', 0.0), config['block_size']
+    length = max(config['block_size'], config.get('eval_block_size', 0))
+    how = run.device, config.get('dropout', 0.0), length
     if config['init_from'] == 'resume':
         return load_run(config['out_dir'], *how)
     return load_run(config['init_from'], *how, config.get('yarn_factor', 1.0),

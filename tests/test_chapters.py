@@ -38,8 +38,9 @@ from distill import distillation_loss, parse_answer, tag_weights  # noqa: E402
 from dpo import dpo_loss  # noqa: E402
 from lora import adapter_state, inject, load_adapter_state  # noqa: E402
 from model_gpt2 import (GPT2, Attention, Block, FeedForward, GPT2Config, plain_loss, plain_attention,  # noqa: E402
-                        plain_gelu, plain_layer_norm, sinusoidal_positions)
-from model_minimind import MiniMind, MiniMindConfig, RMSNorm, apply_rope, rope_table  # noqa: E402
+                        plain_gelu, plain_layer_norm)
+from model_minimind import (MiniMind, MiniMindConfig, RMSNorm, apply_rope, rope_table,  # noqa: E402
+                            sinusoidal_positions)
 from pretrain import batch_at, window_starts  # noqa: E402
 from sample import choose, distribution, generate  # noqa: E402
 from sft import Rows  # noqa: E402
@@ -253,11 +254,12 @@ def test_I_2_order_is_lost_without_positions():
 
 def test_I_2_positions():
     """Positions that are computed, and a table that learns: GPT's is learned, not sines and cosines."""
-    for positions, learns in (('learned', True), ('sinusoidal', False)):
-        table = GPT2(GPT2Config(vocab_size=8, n_positions=100, n_embd=512, n_layer=1, n_head=8,
-                                positions=positions)).transformer.wpe
-        check(f'{positions}, of 10 tokens', shapes(table(torch.arange(10))), [(10, 512)])
-        check('    learns', table.weight.requires_grad, learns)
+    learned = GPT2(GPT2Config(vocab_size=8, n_positions=100, n_embd=512, n_layer=1, n_head=8)).transformer.wpe
+    computed = MiniMind(MiniMindConfig(vocab_size=8, max_position_embeddings=100, num_hidden_layers=1,
+                                       positions='sinusoidal')).table
+    check('learned, of 10 tokens', shapes(learned(torch.arange(10))), [(10, 512)])
+    check('computed, of 10 tokens', shapes(computed[:10]), [(10, 512)])
+    check('which learns', [learned.weight.requires_grad, computed.requires_grad], [True, False])
     with torch.device('meta'):
         table = GPT2(GPT2Config()).transformer.wpe.weight
     check("in OpenAI's weights", [*shapes(table), table.requires_grad], [(1024, 768), True])
@@ -726,7 +728,7 @@ def test_II_4_longer_texts():
         check(f'slowest pair at {n - 1}, radians', sines[-1, -1].asin().item(), angle)
     model = tiny_minimind(**config, max_position_embeddings=1024)
     model.extend_context(factor=4)
-    check('with YaRN', math.asin(model.rope[1, -1, -1].item() / (0.1 * math.log(4) + 1)), 0.1365)
+    check('with YaRN', math.asin(model.table[1, -1, -1].item() / (0.1 * math.log(4) + 1)), 0.1365)
 
 
 # ---- II-5 KV cache, GQA, flash attention ----

@@ -193,5 +193,20 @@ def test_the_picture_is_drawn_where_matplotlib_is_installed(tmp_path):
     assert (tmp_path / 'loss.png').read_bytes()[:4] == b'\x89PNG'
 
 
+def test_a_collapse_lies_inside_the_picture_of_experts(tmp_path, monkeypatch):
+    plt, seen = pytest.importorskip('matplotlib.pyplot'), []
+    monkeypatch.setattr(plt, 'close', lambda figure: seen.append(figure.axes))
+    log, even = MetricsLog(tmp_path), [0.25, 0.26, 0.24, 0.25]
+    for step in range(3):
+        log.write(step=step, expert_load=[even, even if step < 2 else [0.9, 0.1, 0.0, 0.0]])
+    log.draw()
+    (first, second), = seen
+    for axes in (first, second):                            # one scale for all layers
+        low, high = axes.get_ylim()
+        assert low <= 0.0 and 0.9 <= high
+    assert [text.get_text() for text in second.get_legend().get_texts()] == [f'expert {e}' for e in range(4)]
+    assert second.lines[0].get_ydata()[-1] == 0.9
+
+
 def test_clock():
     assert [clock(s) for s in (5, 75, 3675)] == ['0:05', '1:15', '1:01:15']

@@ -31,8 +31,7 @@ KINDS = {'llama3-rope': dict(rope_scaling=LLAMA3), 'qwen2': dict(attention_bias=
          'llama-yarn': dict(rope_scaling={**YARN, 'attention_factor': 1.0}),
          'qwen3': THIRD, 'qwen3-yarn': dict(THIRD, rope_scaling=YARN),
          'mixture': MOE, 'mixture-top1': dict(MOE, num_experts_per_tok=1),
-         'gpt2': {}, 'gpt2-no-bias': dict(qkv_bias=False),
-         'gpt2-sinusoidal': dict(positions='sinusoidal', initializer_range=0), 'gpt2-alpaca': {}}
+         'gpt2': {}, 'gpt2-no-bias': dict(qkv_bias=False), 'gpt2-alpaca': {}}
 CHATS = [[dict(role='user', content=text)] for text in ('Who reads the rules?', 'Ask the sea.', '灯 1234')]
 CHATS.append([dict(role='system', content='Be brief.'), *CHATS[0],
               dict(role='assistant', content='The keeper.'), dict(role='user', content='And who else?')])

@@ -10,8 +10,8 @@ from torch import nn
 import model_minimind
 import pretrain
 from configurator import Run, read_config_file, save_checkpoint
-from model_minimind import (MiniMind, MiniMindConfig, RMSNorm, apply_rope, kv_cache_bytes, plain_attention,
-                            plain_rms_norm, rope_table)
+from model_minimind import (POSITIONS, MiniMind, MiniMindConfig, RMSNorm, apply_rope, kv_cache_bytes,
+                            plain_attention, plain_rms_norm, rope_table)
 from train_tokenizer import encode_chat
 
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -20,6 +20,7 @@ MOE = dict(qk_norm=True, use_moe=True, num_experts=4, moe_intermediate_size=24, 
 YARN = dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=16)
 LLAMA3 = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
+OTHERS = [kind for kind in POSITIONS if kind != 'rope']
 
 
 def tiny(**changes):
@@ -118,7 +119,8 @@ def test_the_future_changes_nothing(kind):
     torch.testing.assert_close(model(x)[0][:, :15], model(y)[0][:, :15])
 
 
-@pytest.mark.parametrize('kind', [dict(), dict(num_key_value_heads=1), MOE], ids=['gqa', 'mqa', 'moe'])
+@pytest.mark.parametrize('kind', [dict(), dict(num_key_value_heads=1), MOE, *(
+    dict(positions=positions) for positions in OTHERS)], ids=['gqa', 'mqa', 'moe', *OTHERS])
 @pytest.mark.parametrize('pieces', [[24], [10, 14], [1] * 24, [5, 1, 1, 17]])
 def test_cached_is_uncached(kind, pieces):
     model, x = tiny(**kind), tokens()
@@ -127,16 +129,18 @@ def test_cached_is_uncached(kind, pieces):
     torch.testing.assert_close(logits, model(x)[0], atol=1e-4, rtol=1e-4)
 
 
-def test_a_padded_row_is_the_row_alone():
-    model, x = tiny(), tokens()
+@pytest.mark.parametrize('positions', POSITIONS)
+def test_a_padded_row_is_the_row_alone(positions):
+    model, x = tiny(positions=positions), tokens()
     cache = model.make_cache(2, 24)
     cache.padding = torch.tensor([0, 9])
     logits = torch.cat([model(piece, cache=cache)[0] for piece in x.split([12, 1, 11], dim=1)], dim=1)
     torch.testing.assert_close(logits[1:, 9:], model(x[1:, 9:])[0], atol=1e-4, rtol=1e-4)
 
 
-def test_packed_documents_are_documents_alone():
-    model, x = tiny(), tokens()
+@pytest.mark.parametrize('positions', POSITIONS)
+def test_packed_documents_are_documents_alone(positions):
+    model, x = tiny(positions=positions), tokens()
     segments = torch.tensor([[0] * 5 + [1] * 12 + [2] * 7, [3] * 23 + [4]])
     targets = x.clone()
     logits, loss = model(x, targets, segments=segments)
@@ -161,7 +165,8 @@ def test_too_long_is_refused():
 @pytest.mark.parametrize('changes, name', [
     (dict(hidden_size=30), 'num_attention_heads'), (dict(num_key_value_heads=3), 'num_key_value_heads'),
     (dict(head_dim=7), 'head_dim'), (dict(use_moe=True, num_experts_per_tok=5), 'num_experts_per_tok'),
-    (dict(use_moe=True, moe_intermediate_size=20), 'moe_intermediate_size')])
+    (dict(use_moe=True, moe_intermediate_size=20), 'moe_intermediate_size'),
+    (dict(positions='rotary'), 'one of rope, learned, sinusoidal, none')])
 def test_impossible_sizes_are_named(changes, name):
     with pytest.raises(ValueError, match=name):
         MiniMindConfig(**{**TINY, **changes})
@@ -251,6 +256,48 @@ def test_a_longer_context_keeps_the_trained_length(tmp_path):
     torch.testing.assert_close(again(x)[0], model(x)[0])
     with pytest.raises(ValueError, match='extended already'):
         model.extend_context(2)
+
+
+# ---- positions to compare with (chapters II-3, II-4) ----
+
+@pytest.mark.parametrize('positions', POSITIONS)
+def test_positions_tell_order_where_there_are_any(positions):
+    """One layer sees no order in what it looks at, but for positions: swap two tokens before the last."""
+    model, x = tiny(positions=positions, num_hidden_layers=1), tokens(B=1, T=8)
+    x[0, :2] = torch.tensor([5, 9])
+    last, swapped = model(x)[0][0, -1], model(x[:, [1, 0, 2, 3, 4, 5, 6, 7]])[0][0, -1]
+    assert torch.allclose(last, swapped, atol=1e-4) == (positions == 'none')
+    assert sum('embed_positions' in name for name, _ in model.named_parameters()) == (positions == 'learned')
+
+
+def test_a_longer_context_is_computed_or_refused(tmp_path):
+    for positions in OTHERS:
+        model, x = tiny(positions=positions), tokens(T=80)
+        with pytest.raises(ValueError, match="YaRN slows down RoPE"):
+            model.extend_context(4)
+        if positions == 'learned':
+            with pytest.raises(ValueError, match='learned positions end at 64: it cannot read 80 tokens'):
+                model.extend_context(length=80)
+            continue
+        before = model(x[:, :64])[0]
+        model.extend_context(length=80)
+        torch.testing.assert_close(model(x)[0][:, :64], before, atol=1e-4, rtol=1e-4)
+        with pytest.raises(ValueError, match=f"RoPE, not with positions='{positions}'"):
+            model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="rope_scaling is for positions='rope'"):
+        MiniMindConfig(**TINY, positions='none', rope_scaling=YARN)
+
+
+def test_a_run_of_other_positions_is_kept_and_refused_by_others(script, tmp_path, tokenizer):
+    for positions in OTHERS:
+        config = MiniMindConfig(**{**TINY, 'vocab_size': tokenizer.vocab_size}, positions=positions)
+        run = Run(torch.device('cpu'), torch.float32, 0, 1)
+        save_checkpoint(run, tmp_path / positions, tokenizer, config, step=0, settings={},
+                        model=MiniMind(config).state_dict())
+        script('sample.py', f'--out_dir={positions}', '--start=The', '--max_new_tokens=3')
+        for option, words in (('--export_dir=hf', 'transformers has this model with RoPE'),
+                              ('--yarn_factor=2', 'YaRN slows down RoPE')):
+            assert words in script('sample.py', f'--out_dir={positions}', option, code=2).stderr
 
 
 # ---- MiniMind's own checkpoints ----

@@ -1,6 +1,8 @@
 """pretrain.py: batches, the loss over micro-batches and ranks, stopping and resuming, and mistakes."""
+import importlib.util
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,8 @@ from conftest import ONE_THREAD, ROOT, TEXT, numbers
 from configurator import start_run
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import Piece, Split, read_split, write_data
-from pretrain import batch_at, held_out_loss, make_optimizers, read_rows, read_starts, shuffled
+from pretrain import (bands_of, batch_at, held_out_loss, loss_by_position, make_optimizers, read_rows,
+                      read_starts, shuffled)
 from sample import load_run
 
 TINY = ['--n_layer=2', '--n_head=2', '--n_kv_head=1', '--n_embd=32', '--block_size=32', '--batch_size=4',
@@ -80,6 +83,51 @@ def test_held_out_loss_is_the_mean_over_tokens(data, model):
         expected = model(x, y)[1].item()
     for batch_size in (1, 3, 64):
         assert held_out_loss(model, run, val, 32, batch_size, 10**6) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_loss_by_position_is_that_of_each_position(data, model):
+    run, val = start_run('cpu', 'float32'), read_split(str(data), 'val')
+    length = 24
+    x, y = batch_at(val, range(0, len(val.tokens) - 1, length), length)
+    with torch.no_grad():
+        losses = -model(x)[0].log_softmax(2).gather(2, y.clamp(min=0)[..., None])[..., 0]
+    for batch_size in (1, 3, 64):
+        sums = loss_by_position(model, run, val, length, batch_size, 10**6)
+        torch.testing.assert_close(sums[0], (losses * (y != -100)).sum(0), atol=1e-3, rtol=1e-4)
+        assert sums[1].tolist() == (y != -100).sum(0).tolist()
+    total, count = sums.sum(1).tolist()
+    assert total / count == pytest.approx(held_out_loss(model, run, val, length, 4, 10**6), abs=1e-4)
+
+
+def test_bands_double_and_one_ends_with_the_rows_of_training():
+    sums = torch.stack([torch.arange(250.), torch.ones(250)])
+    assert [band[:2] for band in bands_of(sums, 64)] == [[1, 16], [17, 32], [33, 64], [65, 128], [129, 250]]
+    assert bands_of(sums[:, :4], 4) == [[1, 1, 0], [2, 2, 1], [3, 4, 2.5]]
+    sums[1, 64:128] = 0                                     # no target: no mean
+    assert [band[:2] for band in bands_of(sums, 64)][3:] == [[129, 250]]
+
+
+@pytest.mark.parametrize('how', [['--positions=learned'], ['--positions=none'], ['--model=gpt2']])
+def test_rows_longer_than_those_of_training_are_told_by_position(script, tmp_path, data, how):
+    gpt2 = '--model=gpt2' in how
+    tiny = [option for option in TINY if not (gpt2 and 'n_kv_head' in option)] + [f'--dataset={data}']
+    out = script('pretrain.py', *tiny, *how, '--max_iters=2', '--out_dir=run', '--eval_block_size=64').stdout
+    assert re.search(r'by position  1-8 \S+  9-16 \S+  17-32 \S+  33-64 \S+\ndone', out), out
+    config = load_run(tmp_path / 'run')[0].config
+    assert (config.context, config.trained_length) == (64, 32)
+    last = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert [*last] == ['step', 'val_loss_1_8', 'val_loss_9_16', 'val_loss_17_32', 'val_loss_33_64']
+    again = [*TINY[4:], f'--dataset={data}', '--init_from=run', '--eval_only']
+    if 'none' in how[0]:
+        out = script('pretrain.py', *again, '--eval_block_size=128').stdout
+        assert re.search(r'  65-82 \S+  \(the held-out text ends there\)\n', out), out
+    else:
+        words = 'the longest --block_size is 64' if gpt2 else 'learned positions end at 64'
+        assert words in script('pretrain.py', *again, '--eval_block_size=128', code=2).stderr
+    line = script('pretrain.py', *tiny, *how, '--eval_block_size=64', '--context=48', code=2).stderr
+    assert '--context=48 is less than --eval_block_size=64' in line
+    if importlib.util.find_spec('matplotlib'):
+        assert (tmp_path / 'run' / 'positions.png').stat().st_size > 5000
 
 
 def test_an_epoch_has_each_row_once():

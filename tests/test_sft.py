@@ -203,7 +203,7 @@ def test_mistakes_are_one_line(script, tmp_path, tiny_run, counting):
     run, data = tiny_run('minimind'), counting('minimind')
     for options, words in [
             ([f'--dataset={counting("gpt2")}'], 'was tokenised otherwise than'),
-            ([f'--init_from={tiny_run("gpt2")}', '--block_size=400'], 'more than the context'),
+            ([f'--init_from={tiny_run("gpt2")}', '--block_size=400'], 'longer than the context'),
             ([f'--dataset={data}', '--block_size=2'], 'no answer is left within --block_size=2'),
             ([f'--dataset={data}', '--layout=pack'], "did you mean 'packed'?"),
             (['--dataset=nothing'], 'pydoc_sft'), ([f'--dataset={data}', '--init_from=nowhere'], 'nowhere')]:

@@ -228,7 +228,7 @@ def test_after_torchrun_restarts_a_rank_that_died_the_run_goes_on(script, data, 
 # ---- what has no effect is refused, and before any work ----
 
 @pytest.mark.parametrize('stage, args, words', [
-    ('pretrain', ['--model=minimind', '--positions=sinusoidal'], 'positions applies only with --model=gpt2'),
+    ('pretrain', ['--model=gpt2', '--positions=sinusoidal'], 'positions applies only with --model=minimind'),
     ('pretrain', ['--model=gpt2', '--n_kv_head=1'], 'n_kv_head applies only with --model=minimind'),
     ('pretrain', ['--model=gpt2', '--use_moe'], 'use_moe applies only with --model=minimind'),
     ('pretrain', ['--num_experts=8'], 'num_experts applies only with --use_moe=True'),
