@@ -55,7 +55,7 @@ block_size = 256                # longest text in tokens; what is longer loses i
 class_weights = False           # weigh a label's loss by how rare it is, for data that is not balanced
 # the model: it keeps its shape
 trainable = 'all'               # 'head', 'last' (with the last block and final norm: the chapter's), or 'all'
-reads = 'text'                  # the end of the 'text', of its 'padding' (as the chapter), or its 'first' token
+reads = 'text'                  # the end of the 'text', of its 'padding' (the chapter), or the 'first' token
 dropout = 0.1                   # share of activations dropped while training
 # the optimizer
 optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
