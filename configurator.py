@@ -826,6 +826,7 @@ def build_model(model_class, config, state, source):
 # ---- metrics and pictures ----
 
 TRACKERS = ('wandb', 'swanlab')                          # packages with one and the same interface
+NO_PICTURES = "no pictures: `pip install matplotlib`"
 
 
 class MetricsLog:
@@ -869,7 +870,13 @@ class MetricsLog:
             self.wandb.log(numbers, step=numbers['step'])
 
     def draw(self):
-        """Draw losses and accuracies over the steps, and each expert's load, a panel per layer."""
+        """Draw losses and accuracies over the steps, and each expert's load, a panel per layer; or say why
+        not."""
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            print(NO_PICTURES, file=sys.stderr)
+            return
         curves = {}                                     # name -> [(step, value), ...]
         for line in self.lines:
             for name, value in line.items():
@@ -889,18 +896,14 @@ class MetricsLog:
                 axes.set(title=f"layer {layer}", xlabel='step', ylabel='share of each expert')
 
 
-def draw(path, panels=1):
-    """Yield the axes of each panel to draw on, then write the picture. Without matplotlib, say so."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"{path} is not drawn: pip install matplotlib", file=sys.stderr)
-        return
+def draw(path, panels=1, rows=1):
+    """Yield the axes of each panel to draw on, row by row, then write the picture."""
+    import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
-    size = (7, 4) if panels == 1 else (2.5 * panels, 2.5)
-    figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False)
-    yield from axes[0]
+    size = (7, 4) if panels == rows == 1 else (2.5 * panels, 2.5 * rows)
+    figure, axes = plt.subplots(rows, panels, figsize=size, sharex=rows > 1, sharey=True, squeeze=False)
+    yield from axes.flat
     figure.savefig(path, dpi=120, bbox_inches='tight')
     plt.close(figure)
 
