@@ -826,7 +826,6 @@ def build_model(model_class, config, state, source):
 # ---- metrics and pictures ----
 
 TRACKERS = ('wandb', 'swanlab')                          # packages with one and the same interface
-NO_PICTURES = "no pictures: `pip install matplotlib`"
 
 
 class MetricsLog:
@@ -870,13 +869,7 @@ class MetricsLog:
             self.wandb.log(numbers, step=numbers['step'])
 
     def draw(self):
-        """Draw losses and accuracies over the steps, and each expert's load, a panel per layer; or say why
-        not."""
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            print(NO_PICTURES, file=sys.stderr)
-            return
+        """Draw losses and accuracies over the steps, and each expert's load, a panel per layer."""
         curves = {}                                     # name -> [(step, value), ...]
         for line in self.lines:
             for name, value in line.items():
@@ -896,8 +889,22 @@ class MetricsLog:
                 axes.set(title=f"layer {layer}", xlabel='step', ylabel='share of each expert')
 
 
+@functools.cache
+def has_matplotlib():
+    """Whether pictures can be drawn. Where not, a line says how, once in a run."""
+    try:
+        import matplotlib  # noqa: F401
+        return True
+    except ImportError:
+        print("no pictures: `pip install matplotlib`", file=sys.stderr)
+        return False
+
+
 def draw(path, panels=1, rows=1):
-    """Yield the axes of each panel to draw on, row by row, then write the picture."""
+    """Yield the axes of each panel to draw on, row by row, then write the picture. Without matplotlib, say so
+    once."""
+    if not has_matplotlib():
+        return
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt

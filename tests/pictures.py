@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import HERE, NO_PICTURES, draw, fail, make_folder  # noqa: E402  (the line above makes it importable)
+from configurator import HERE, draw, fail, has_matplotlib, make_folder  # noqa: E402  (the line above makes it importable)
 from model_gpt2 import plain_gelu, sinusoidal_positions  # noqa: E402
 from model_minimind import MiniMindConfig, apply_rope, plain_attention, rope_table  # noqa: E402
 from sample import distribution, evaluating, load_run, token_label  # noqa: E402
@@ -146,12 +146,14 @@ def attention_weights(model, tokens):
 def attention(options):
     model, tokenizer, _ = load_run(options.out_dir)
     ids = [tokenizer.bos, *tokenizer.encode(options.prompt)]
-    if len(ids) > model.config.context:
-        fail(f"--prompt has {len(ids)} tokens, the context of {options.out_dir} {model.config.context}")
+    if len(ids) > min(48, model.config.context):
+        fail(f"--prompt has {len(ids)} tokens, too many for a picture: give at most 47, and no more than the "
+             f"context of {options.out_dir}, {model.config.context}")
     weights = torch.cat(attention_weights(model, torch.tensor([ids])))          # (layers, H, T, T)
     layers, heads = weights.shape[:2]
     words = [token_label(tokenizer, i) for i in ids]
     for i, axes in enumerate(picture('I-3_attention', heads, layers)):
+        axes.figure.set_size_inches(*(max(2.5, 0.9 + 0.15 * len(ids)) * n for n in (heads, layers)))
         image = axes.imshow(weights[i // heads, i % heads].numpy(), vmin=0, vmax=1, cmap='Blues')
         axes.set_title(f'layer {i // heads}, head {i % heads}', fontsize=8)
         axes.set_xticks(range(len(ids)), words, rotation=90, fontsize=7)
@@ -204,10 +206,8 @@ if __name__ == '__main__':
             setattr(options, option, default)
         elif options.names and not {*names} & {*options.names}:
             fail(f"--{option} is for {', '.join(names)}, and here {', '.join(options.names)} is drawn")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        fail(NO_PICTURES)
+    if not has_matplotlib():
+        sys.exit(2)
     for name in options.names or PICTURES:
         if name in OF_A_RUN and not os.path.isfile(os.path.join(options.out_dir, OF_A_RUN[name])):
             line = f"{name}: no run in {options.out_dir} to draw; train one with `python pretrain.py`"

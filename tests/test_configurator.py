@@ -2,7 +2,6 @@
 import json
 import math
 import runpy
-import sys
 
 import pytest
 import torch
@@ -194,8 +193,7 @@ def test_the_picture_is_drawn_where_matplotlib_is_installed(tmp_path):
     assert (tmp_path / 'loss.png').read_bytes()[:4] == b'\x89PNG'
 
 
-def test_without_matplotlib_a_run_says_it_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+def test_without_matplotlib_a_run_says_it_once(tmp_path, capsys, no_matplotlib):
     log = MetricsLog(tmp_path)
     log.write(step=0, val_loss=1.0, val_accuracy=0.5, expert_load=[[0.5, 0.5]])
     log.draw()

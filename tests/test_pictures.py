@@ -1,5 +1,4 @@
 """pictures.py: the weights it draws are the model's, each picture is drawn, and mistakes are one line."""
-import sys
 import warnings
 
 import pictures
@@ -94,11 +93,10 @@ def test_mistakes_are_one_line(script, folder, tiny_run, tmp_path):
             (['loss', '--out_dir=damaged'], 'holds no losses of a run'),
             (['loss', '--out_dir=empty'], 'holds no losses of a run'),
             (['gelu', '--token=a'], '--token is for embeddings'),
-            (['attention', f'--out_dir={run}', f'--prompt={"sea " * 300}'], 'the context of'),
+            (['attention', f'--out_dir={run}', f'--prompt={"sea " * 50}'], 'tokens, too many for a picture'),
             (['embeddings', f'--out_dir={run}', '--token=zebra'], "is 5 tokens, give one of these: 'z'")]:
         assert words in script('tests/pictures.py', *options, code=2).stderr
 
 
-def test_without_matplotlib_it_is_said_how_to_get_it(script, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+def test_without_matplotlib_it_is_said_how_to_get_it(script, no_matplotlib):
     assert 'no pictures: `pip install matplotlib`' in script('tests/pictures.py', code=2).stderr
