@@ -169,7 +169,8 @@ def gpt2(shared):
 def no_matplotlib(monkeypatch):
     """As where it is not installed, and that is not said yet."""
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    monkeypatch.setattr(configurator, 'has_matplotlib', functools.cache(configurator.has_matplotlib.__wrapped__))
+    has_matplotlib = functools.cache(configurator.has_matplotlib.__wrapped__)
+    monkeypatch.setattr(configurator, 'has_matplotlib', has_matplotlib)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+import show_classifier
 import torch
 from conftest import numbers
 from torch.nn import functional as F
@@ -188,6 +189,16 @@ def test_a_run_remembers_where_its_head_reads(script, tmp_path, tiny_run, moods,
     said = script('finetune_cls.py', '--out_dir=run', f'--classify={text}', '--device=cpu').stdout.split('\t')
     p, label = logits[0].softmax(-1).max(-1)
     assert said[0] == checkpoint['labels'][label] and float(said[1]) == pytest.approx(p.item(), abs=0.02)
+
+
+def test_the_table_of_variants(tmp_path, tiny_run, moods, capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['show'])
+    settings = dict(arg.removeprefix('--').split('=') for arg in SMALL)
+    run, data = tiny_run('minimind'), moods('minimind')
+    show_classifier.classifier(tmp_path, init_from=run, dataset=data, max_iters=1, **settings)
+    head, *rows = capsys.readouterr().out.splitlines()[-8:]
+    assert head.split() == ['reads,', 'trainable', 'train', 'val', 'test'] and len(rows) == 7
+    assert all(0 <= float(n) <= 1 for row in rows for n in row.split()[-3:])
 
 
 def test_pictures(script, tmp_path, tiny_run, moods):

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import show_classifier
 import torch
 from conftest import numbers
 
@@ -240,6 +241,16 @@ def test_loss_on_all_is_the_mean_over_each_token_that_follows_another(script, ti
     total = sum(model(text[:, :-1], text[:, 1:])[1].item() * (text.numel() - 1) for text in texts)
     mean = total / sum(text.numel() - 1 for text in texts)
     assert numbers(r'step +0/1 +loss (\S+)', out) == pytest.approx([mean], abs=2e-4)
+
+
+def test_the_table_of_both_losses(tmp_path, tiny_run, counting, capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['show'])
+    settings = dict(arg.removeprefix('--').split('=') for arg in SMALL)
+    run, data = tiny_run('minimind'), counting('minimind')
+    show_classifier.loss_on(tmp_path, init_from=run, dataset=data, max_iters=1, **settings)
+    _, answers, everything = capsys.readouterr().out.splitlines()
+    assert answers.split()[0] == 'answers' and everything.split()[0] == 'all'
+    assert answers.split()[1] == everything.split()[1] and 'of 6' in answers
 
 
 # ---- conversation ----
