@@ -192,7 +192,8 @@ def classify_texts(out_dir, texts, run):
         fail(f"--classify: {e}")
     rows = [ids for _, ids, _ in encode(tokenizer, pieces)]
     split = Split(np.concatenate(rows), None, np.cumsum([0, *map(len, rows)]), np.zeros(len(rows), np.int64))
-    block_size, reads = (checkpoint['settings'][key] for key in ('block_size', 'reads'))
+    settings = checkpoint['settings']
+    block_size, reads = settings['block_size'], settings.get('reads', 'text')   # older runs knew no other
     if n_cut := sum(len(ids) > block_size for ids in rows):
         print(f"{n_cut:,} of {len(rows):,} texts are longer than block_size={block_size} and lose their end",
               file=sys.stderr)

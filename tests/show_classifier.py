@@ -47,20 +47,20 @@ def table(head, rows):
 
 def classifier(folder, **settings):
     """Accuracy where the head reads the end of the text or of its padding, or the first token (I-7)"""
-    rows = []
+    settings, rows = {**dict(block_size=72, max_iters=100), **settings}, []     # 72 tokens: the longest text
     for words, how in {
             "text, all": {}, "text, last": dict(trainable='last'), "text, head": dict(trainable='head'),
             "padding, last (the chapter)": dict(reads='padding', trainable='last'),
             "padding, all": dict(reads='padding'), "first, last": dict(reads='first', trainable='last'),
             "text, all, from random weights": dict(random_weights=True)}.items():
-        _, report = train('finetune_cls.py', folder / words, block_size=128, **how, **settings)
+        _, report = train('finetune_cls.py', folder / words, **how, **settings)
         rows.append([words, *(report[split]['accuracy'] for split in ('train', 'val', 'test'))])
     table(['reads, trainable', 'train', 'val', 'test'], rows)
 
 
 def loss_on(folder, **settings):
     """Held-out loss on answers, and how many end, with answers as targets, or prompts too (I-8)"""
-    rows = []
+    settings, rows = {**dict(max_iters=60, eval_interval=60), **settings}, []
     for targets in ('answers', 'all'):
         lines, report = train('sft.py', folder / targets, loss_on=targets, **settings)
         val = [line['val_loss'] for line in lines if 'val_loss' in line]
