@@ -79,15 +79,16 @@ def sinusoids(options):
 
 def rope(options):
     """A vector that is turned by its position, and the score of two that are, against their distance."""
-    table = rope_table(MiniMindConfig(head_dim=4, rope_theta=16.0, max_position_embeddings=6))
+    table = rope_table(MiniMindConfig(head_dim=4, rope_theta=12.0, max_position_embeddings=6))
     turned = apply_rope(torch.tensor([1.0, 1.0, 0.0, 0.0]), *table)             # (positions, 4): two pairs
     for axes in picture('II-4_rope_turns'):
         for pair, length in ((0, 1.0), (1, 0.6)):                               # pair i is (x_i, x_{i+D/2})
             x, y = (length * turned[:, i] for i in (pair, pair + 2))
             axes.quiver(*torch.zeros(2, 6), x, y, color=f'C{pair}', angles='xy', scale_units='xy', scale=1,
-                        width=0.008, label=f'pair {pair}: {16 ** (-pair / 2):g} radians a position')
+                        width=0.008, label=f'pair {pair}: {12 ** (-pair / 2):.2f} radians a position')
             for position in range(6):
-                axes.annotate(position, (1.12 * x[position], 1.12 * y[position]), ha='center', va='center')
+                axes.annotate(position, (1.14 * x[position], 1.14 * y[position]), ha='center', va='center',
+                              bbox=dict(fc='white', ec='none', pad=0.5))
         axes.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect='equal', xlabel='first of the pair',
                  ylabel='second of the pair')
         axes.legend(loc='upper left', bbox_to_anchor=(1, 1), title='one vector at positions 0 to 5')
