@@ -256,7 +256,7 @@ def keep_from_words(backend):
     words = []
     for i, token in backend.get_added_tokens_decoder().items():
         found = backend.encode(token.content, add_special_tokens=False)
-        if (i, (0, len(token.content))) in zip(found.ids, found.offsets):
+        if token.special and (i, (0, len(token.content))) in zip(found.ids, found.offsets):
             words.append(f'{re.escape(token.content[0])}(?={re.escape(token.content[1:])})')
     if words:
         part = pre_tokenizers.Split(tokenizers.Regex('|'.join(words)), 'isolated')

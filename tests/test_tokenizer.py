@@ -207,6 +207,16 @@ def test_a_special_token_that_is_typed_is_no_word_either(kind, model, tmp_path):
     assert words.encode('<|endoftext|>') == [words.eot]
 
 
+def test_a_token_that_is_meant_to_be_typed_stays_one(tokenizer, edited):
+    """As <think> of Qwen3, which is added, but not special; and how text is split stays as it was."""
+    def add(state):
+        state['added_tokens'].append(dict(state['added_tokens'][0], id=350, content='<think>', special=False))
+    other = edited(add)
+    assert other.encode('a<think>') == [*tokenizer.encode('a'), 350]
+    splitters = [json.loads(one.backend.to_str())['pre_tokenizer'] for one in (tokenizer, other)]
+    assert splitters[0] == splitters[1]
+
+
 def test_characters():
     chars = Tokenizer(train_lookup([TEXT], 10_000, 'char'))
     assert chars.vocab_size == len(set(TEXT)) + 2
