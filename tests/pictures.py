@@ -120,7 +120,7 @@ def loss(options):
         fail(f"{path} holds no losses of a run ({type(e).__name__}: {e})")
     for axes in picture('I-5_loss'):
         for (label, curve), style in zip(curves.items(), ('-', 'o--')):
-            axes.plot(*zip(*curve), style, label=label)
+            axes.plot([step for step, _ in curve], [value for _, value in curve], style, label=label)
         axes.set(xlabel='step', ylabel='loss')
         axes.legend()
         top = axes.secondary_xaxis('top', functions=(lambda x: x * seen / steps, lambda x: x * steps / seen))
@@ -209,6 +209,7 @@ if __name__ == '__main__':
             fail(f"--{option} is for {', '.join(names)}, and here {', '.join(options.names)} is drawn")
     if not has_matplotlib():
         sys.exit(2)
+    sys.stdout.reconfigure(errors='backslashreplace')                   # a terminal may lack letters
     for name in options.names or PICTURES:
         if name in OF_A_RUN and not os.path.isfile(os.path.join(options.out_dir, OF_A_RUN[name])):
             line = f"{name}: no run in {options.out_dir} to draw; train one with `python pretrain.py`"

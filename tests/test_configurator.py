@@ -193,13 +193,5 @@ def test_the_picture_is_drawn_where_matplotlib_is_installed(tmp_path):
     assert (tmp_path / 'loss.png').read_bytes()[:4] == b'\x89PNG'
 
 
-def test_without_matplotlib_a_run_says_it_once(tmp_path, capsys, no_matplotlib):
-    log = MetricsLog(tmp_path)
-    log.write(step=0, val_loss=1.0, val_accuracy=0.5, expert_load=[[0.5, 0.5]])
-    log.draw()
-    assert capsys.readouterr().err == 'no pictures: `pip install matplotlib`\n'
-    assert [path.name for path in tmp_path.iterdir()] == ['metrics.jsonl']
-
-
 def test_clock():
     assert [clock(s) for s in (5, 75, 3675)] == ['0:05', '1:15', '1:01:15']

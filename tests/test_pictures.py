@@ -98,5 +98,13 @@ def test_mistakes_are_one_line(script, folder, tiny_run, tmp_path):
         assert words in script('tests/pictures.py', *options, code=2).stderr
 
 
+def test_without_matplotlib_a_run_says_it_once(tmp_path, capsys, no_matplotlib):
+    log = MetricsLog(tmp_path)
+    log.write(step=0, val_loss=1.0, val_accuracy=0.5, expert_load=[[0.5, 0.5]])
+    log.draw()
+    assert capsys.readouterr().err == 'no pictures: `pip install matplotlib`\n'
+    assert [path.name for path in tmp_path.iterdir()] == ['metrics.jsonl']
+
+
 def test_without_matplotlib_it_is_said_how_to_get_it(script, no_matplotlib):
     assert 'no pictures: `pip install matplotlib`' in script('tests/pictures.py', code=2).stderr
