@@ -47,7 +47,7 @@ def table(head, rows):
 
 def classifier(folder, **settings):
     """Accuracy where the head reads the end of the text or of its padding, or the first token (I-7)"""
-    settings, rows = {**dict(block_size=72, max_iters=100), **settings}, []     # 72 tokens: the longest text
+    settings, rows = {**dict(block_size=72, max_iters=60), **settings}, []     # 72 tokens: the longest text
     for words, how in {
             "text, all": {}, "text, last": dict(trainable='last'), "text, head": dict(trainable='head'),
             "padding, last (the chapter)": dict(reads='padding', trainable='last'),
@@ -60,7 +60,7 @@ def classifier(folder, **settings):
 
 def loss_on(folder, **settings):
     """Held-out loss on answers, and how many end, with answers as targets, or prompts too (I-8)"""
-    settings, rows = {**dict(max_iters=60, eval_interval=60), **settings}, []
+    settings, rows = {**dict(max_iters=40, eval_interval=40), **settings}, []
     for targets in ('answers', 'all'):
         lines, report = train('sft.py', folder / targets, loss_on=targets, **settings)
         val = [line['val_loss'] for line in lines if 'val_loss' in line]
