@@ -898,18 +898,28 @@ def draw_shares(path, steps, panels):
             axes.legend(loc='upper left', bbox_to_anchor=(1, 1), ncols=math.ceil((e + 1) / 10))
 
 
-def draw(path, panels=1):
-    """Yield the axes of each panel to draw on, then write the picture. Without matplotlib, say so."""
+@functools.cache
+def has_matplotlib():
+    """Whether pictures can be drawn. Where not, a line says how, once in a run."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
+        return True
     except ImportError:
-        print(f"{path} is not drawn: pip install matplotlib", file=sys.stderr)
+        print("no pictures: `pip install matplotlib`", file=sys.stderr)
+        return False
+
+
+def draw(path, panels=1, rows=1):
+    """Yield the axes of each panel to draw on, row by row, then write the picture. Without matplotlib, say so
+    once."""
+    if not has_matplotlib():
         return
+    import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
-    size = (7, 4) if panels == 1 else (2.5 * panels, 2.5)
-    figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False)
-    yield from axes[0]
+    size = (7, 4) if panels == rows == 1 else (2.5 * panels, 2.5 * rows)
+    figure, axes = plt.subplots(rows, panels, figsize=size, sharex=rows > 1, sharey=True, squeeze=False)
+    yield from axes.flat
     figure.savefig(path, dpi=120, bbox_inches='tight')
     plt.close(figure)
 

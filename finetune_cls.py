@@ -5,12 +5,14 @@ Fine-tune a language model into a classifier: spam or not (tutorial chapter I-7)
 
 The head is new: a matrix from the width of the model to the number of labels, in place of that to the
 vocabulary. It reads h_last, the hidden state of the last real token: only that one has seen the whole text.
-Padding stands behind it, where a causal model cannot look, so it changes no prediction. The loop comes from
-pretrain.py.
+Padding stands behind it, where a causal model cannot look, so it changes no prediction. The chapter's head
+reads the last position of a padded row instead (reads='padding'), and asks what its first token knows, which
+has seen nothing else (reads='first'). The loop comes from pretrain.py.
 
     python finetune_cls.py                          # after pretrain.py: on the spam set that ships
     python finetune_cls.py --dataset=mail           # on your own, from `python prepare.py --input=mail.csv`
     python finetune_cls.py --random_weights         # what is the pretraining worth?
+    python finetune_cls.py --reads=padding --block_size=120 --trainable=last        # as the chapter does
     python finetune_cls.py --classify="You won a prize"             # label and probability, by out_dir
     python finetune_cls.py --classify_file=messages.txt             # of each line
 """
@@ -53,6 +55,7 @@ block_size = 256                # longest text in tokens; what is longer loses i
 class_weights = False           # weigh a label's loss by how rare it is, for data that is not balanced
 # the model: it keeps its shape
 trainable = 'all'               # 'head', 'last' (with the last block and final norm: the chapter's), or 'all'
+reads = 'text'                  # the end of the 'text', of its 'padding' (the chapter), or the 'first' token
 dropout = 0.1                   # share of activations dropped while training
 # the optimizer
 optimizer = 'muon'              # 'muon' for matrices and AdamW for the rest, or 'adamw' for all
@@ -89,7 +92,7 @@ def freeze(model, trainable):
 
 
 def label_logits(model, tokens, lengths):
-    """tokens (B, T), of which the first `lengths` (B,) of each row are real -> logits (B, labels)."""
+    """tokens (B, T), of which the head knows the first `lengths` (B,) of each row -> logits (B, labels)."""
     hidden = model(tokens, head=False)[0]                                   # (B, T, C)
     return model.lm_head(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
 
@@ -111,26 +114,27 @@ def cut_text(ids, block_size):
     return ids if len(ids) <= block_size else np.append(ids[:block_size - 1], ids[-1])
 
 
-def batch_at(split, texts, block_size):
-    """Tokens (B, T), labels (B,) and real tokens of each row (B,), int64; T is the longest row."""
+def batch_at(split, texts, block_size, reads='text'):
+    """Tokens (B, T), labels (B,) and how many tokens of each row the head is to know (B,), int64. T is the
+    longest row; where the head reads padding it is block_size, the same in training and in use. Padding
+    repeats the token that ends a text."""
     rows = [cut_text(split.tokens[split.offsets[i]:split.offsets[i + 1]].astype(np.int64), block_size)
             for i in texts]
-    x = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for i, row in enumerate(rows):
-        x[i, :len(row)] = row
-    lengths = torch.tensor([len(row) for row in rows])
+    T = block_size if reads == 'padding' else max(map(len, rows))
+    x = np.stack([np.pad(row, (0, T - len(row)), 'edge') for row in rows])
+    lengths = torch.tensor([dict(text=len(row), padding=T, first=1)[reads] for row in rows])
     return torch.from_numpy(x), torch.from_numpy(split.labels[list(texts)]), lengths
 
 
 # ---- evaluation ----
 
-def predictions(model, run, split, block_size, batch_size=64):
+def predictions(model, run, split, block_size, reads='text', batch_size=64):
     """Logits (n, labels) for all texts of a split, on the CPU, and the labels (n,)."""
     n, logits = len(split.labels), []
     with evaluating(model):
         for i in range(0, n, batch_size):
             texts = range(i, min(i + batch_size, n))
-            x, _, lengths = to_device(batch_at(split, texts, block_size), run.device)
+            x, _, lengths = to_device(batch_at(split, texts, block_size, reads), run.device)
             with run.autocast():
                 logits.append(label_logits(model, x, lengths).float().cpu())
     return torch.cat(logits), torch.tensor(split.labels)
@@ -164,11 +168,11 @@ def print_scores(split, names, matrix, result):
               f"{result['f1'][i]:5.3f}             {counts}")
 
 
-def write_report(out_dir, model, run, splits, names, block_size):
+def write_report(out_dir, model, run, splits, names, block_size, reads):
     """Print the scores of each split and write them to report.json."""
     report = {}
     for name, split in splits.items():
-        logits, labels = predictions(model, run, split, block_size)
+        logits, labels = predictions(model, run, split, block_size, reads)
         matrix = confusion(logits.argmax(-1), labels, len(names))
         report[name] = dict(scores(matrix), labels=names, confusion=matrix.tolist())
         print_scores(name, names, matrix, report[name])
@@ -188,11 +192,12 @@ def classify_texts(out_dir, texts, run):
         fail(f"--classify: {e}")
     rows = [ids for _, ids, _ in encode(tokenizer, pieces)]
     split = Split(np.concatenate(rows), None, np.cumsum([0, *map(len, rows)]), np.zeros(len(rows), np.int64))
-    block_size = checkpoint['settings']['block_size']
+    settings = checkpoint['settings']
+    block_size, reads = settings['block_size'], settings.get('reads', 'text')   # older runs knew no other
     if n_cut := sum(len(ids) > block_size for ids in rows):
         print(f"{n_cut:,} of {len(rows):,} texts are longer than block_size={block_size} and lose their end",
               file=sys.stderr)
-    logits, _ = predictions(model.to(run.device), run, split, block_size, batch_size=1)
+    logits, _ = predictions(model.to(run.device), run, split, block_size, reads, batch_size=1)
     for piece, row in zip(pieces, logits.softmax(dim=-1)):
         p, label = row.max(dim=-1)
         print(f"{checkpoint['labels'][label]}\t{p:.3f}\t{piece.content}")
@@ -219,9 +224,9 @@ def load_learner(run, config):
 
 
 if __name__ == '__main__':
-    config = configure(globals(), {'!classify': 'classify_file init_from dataset block_size',
-                                   '!classify_file': 'init_from dataset block_size'},
-                       trainable=one_of('head', 'last', 'all'))
+    config = configure(globals(), {'!classify': 'classify_file init_from dataset block_size reads',
+                                   '!classify_file': 'init_from dataset block_size reads'},
+                       trainable=one_of('head', 'last', 'all'), reads=one_of('text', 'padding', 'first'))
     run = start_run(device, dtype, seed)
     if any(arg in ('--classify=', '--classify_file=') for arg in sys.argv):
         fail("--classify and --classify_file need a text and a file")
@@ -249,7 +254,7 @@ if __name__ == '__main__':
     model.train()
     for step in training:
         if training.due:
-            logits, y = predictions(model, run, val, block_size)
+            logits, y = predictions(model, run, val, block_size, reads)
             loss = F.cross_entropy(logits, y).item()
             accuracy = (logits.argmax(-1) == y).double().mean().item()
             loss, accuracy = (n / run.world_size for n in run.sum(loss, accuracy))  # ranks must not differ
@@ -259,8 +264,9 @@ if __name__ == '__main__':
             training.evaluated(f"val loss {loss:.4f}  accuracy {accuracy:.3f}  (best {best['accuracy']:.3f} "
                                f"at step {best['step']:,})", val_loss=loss, val_accuracy=accuracy)
         texts = read_rows(len(train.labels), seed, training.position, training.rows)
-        for x, y, lengths in training.micro_batches(texts, lambda texts: batch_at(train, texts, block_size),
-                                                    weigh=lambda x, y, lengths: weights[y].sum().item()):
+        for x, y, lengths in training.micro_batches(
+                texts, lambda texts: batch_at(train, texts, block_size, reads),
+                weigh=lambda x, y, lengths: weights[y].sum().item()):
             with run.autocast():
                 logits = label_logits(model, x, lengths).float()
             weight = device_weights[y]                                                      # (B,)
@@ -269,6 +275,6 @@ if __name__ == '__main__':
         training.update(texts=len(texts))
     if training.finished:
         model = load_classifier(out_dir)[0].to(run.device)
-        write_report(out_dir, model, run, dict(train=train, val=val, test=test), names, block_size)
+        write_report(out_dir, model, run, dict(train=train, val=val, test=test), names, block_size, reads)
     training.close(f"the classifier, of step {best['step']:,}, is in {out_dir}: python finetune_cls.py "
                    f"--out_dir={quote(out_dir)} --classify=\"You won a prize\"")

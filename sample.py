@@ -600,6 +600,11 @@ def print_candidates(tokenizer, logits, seen, new, **how):
         print(f"{tokenizer.decode([i])!r:>24}  {before:8.4f}  {after:8.4f}  {note}")
 
 
+def token_label(tokenizer, i):
+    """A token as a picture can show it: the font has no Chinese, so it's escaped, and $ is no mathematics."""
+    return ascii(tokenizer.decode([i])).replace('$', r'\$')
+
+
 def plot_distribution(path, logits, tokenizer, temperatures=(1, 0.1, 5), n=9):
     """Draw the n likeliest next tokens of logits (1, V) with their probability at each temperature."""
     top = logits[0].topk(min(n, logits.size(-1))).indices
@@ -607,7 +612,7 @@ def plot_distribution(path, logits, tokenizer, temperatures=(1, 0.1, 5), n=9):
         for i, t in enumerate(temperatures):
             bars = torch.arange(len(top)) + 0.25 * (i - 1)
             axes.bar(bars, distribution(logits, t)[0, top].cpu(), width=0.25, label=f"temperature {t}")
-        axes.set_xticks(range(len(top)), [repr(tokenizer.decode([j])) for j in top.tolist()], rotation=60)
+        axes.set_xticks(range(len(top)), [token_label(tokenizer, j) for j in top.tolist()], rotation=60)
         axes.set_ylabel('probability')
         axes.legend()
 

@@ -9,6 +9,7 @@ special tokens of ChatML, GPT-2's has not and takes the Alpaca layout; prepare.p
 
     python sft.py                                   # after pretrain.py: on pydoc_sft, in minutes -> out/sft
     python sft.py --debug_mask                      # which tokens are targets, in the first conversation
+    python sft.py --loss_on=all                     # prompts are targets too, as in chapter I-8
     python sft.py --init_from=gpt2 --dataset=data/gpt2/instruction
     python sample.py --out_dir=out/sft --chat
 
@@ -27,7 +28,7 @@ import os
 import sys
 from shlex import quote
 
-from configurator import configure, fail, start_run
+from configurator import configure, fail, one_of, start_run
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ layout = 'packed'               # 'packed', 'bucketed' or 'padded', see above
 batch_size = 16                 # rows in a micro-batch
 gradient_accumulation_steps = 1 # micro-batches in a step, over all ranks together
 block_size = 256                # tokens in a row; what is longer is cut
+loss_on = 'answers'             # targets: 'answers', or 'all' tokens of a conversation, as in chapter I-8
 debug_mask = False              # print the first conversation, token by token with its mask, and stop
 # the model: it keeps its shape
 yarn_factor = 1.0               # minimind: read texts so many times longer than before, by YaRN
@@ -256,15 +258,21 @@ def write_report(out_dir, model, tokenizer, split, docs, size, max_new_tokens):
 
 
 if __name__ == '__main__':
-    config = configure(globals())
+    config = configure(globals(), loss_on=one_of('answers', 'all'))
     run = start_run(device, dtype, seed)
     model, tokenizer, checkpoint = load_start(run, config)
     meta, train, val = open_data(run, dataset, 'sft', tokenizer)
+    targets = train.mask if loss_on == 'answers' else np.broadcast_to(np.uint8(1), train.mask.shape)
     if debug_mask:
-        print_mask(tokenizer, train.tokens[:train.offsets[1]], train.mask[:train.offsets[1]])
+        end = train.offsets[1]
+        print_mask(tokenizer, train.tokens[:end], [0, *targets[1:end]])         # nothing predicts the first
         sys.exit()
     rows, val_rows, val_docs, what = open_rows(run, config, train, val)
+    rows.split = train._replace(mask=targets)               # the same rows, whatever the loss is on
     training = Training(run, config, model, tokenizer, len(rows.rows), what, checkpoint)
+    if loss_on == 'all':
+        training.say("loss is over all tokens of a conversation; held-out loss is over its answers alone, as "
+                     "with --loss_on=answers, to compare the two")
     prompt, _ = last_answers(val, val_docs[:1])[0]
 
     model.train()

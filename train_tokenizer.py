@@ -73,6 +73,7 @@ class Tokenizer:
         plain = {token.content for token in backend.get_added_tokens_decoder().values() if not token.special}
         backend.add_special_tokens([special_token(name) for name in SPECIAL if name in plain])
         backend.encode_special_tokens = True        # the library's name for taking them as ordinary text
+        keep_from_words(backend)
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         self.im_start, self.im_end = backend.token_to_id('<|im_start|>'), backend.token_to_id('<|im_end|>')
         eos = backend.token_to_id(self.special('eos_token'))
@@ -247,6 +248,20 @@ def gpt2_tokenizer():
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         merges.append(tuple(parts))
     return Tokenizer(byte_level_bpe(vocab, merges, ['<|endoftext|>']))
+
+
+def keep_from_words(backend):
+    """Part the first character of a special token from the rest, where the model would find the whole among
+    its words: one that looks words up (WordLevel, WordPiece, BPE with ignore_merges), or Unigram."""
+    words = []
+    for i, token in backend.get_added_tokens_decoder().items():
+        found = backend.encode(token.content, add_special_tokens=False)
+        if token.special and (i, (0, len(token.content))) in zip(found.ids, found.offsets):
+            words.append(f'{re.escape(token.content[0])}(?={re.escape(token.content[1:])})')
+    if words:
+        part = pre_tokenizers.Split(tokenizers.Regex('|'.join(words)), 'isolated')
+        parts = [part, backend.pre_tokenizer] if backend.pre_tokenizer else [part]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
 
 
 def special_token(name):

@@ -4,6 +4,7 @@ Nothing here needs a network or anything outside the repository. The scripts run
 all they write below pytest's temporary folder, but for built-in sets in data/raw/.
 """
 import contextlib
+import functools
 import importlib.util
 import io
 import os
@@ -22,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / 'data'))       # last, since the standard library has a module pydoc, too
 
-from configurator import Run, save_checkpoint  # noqa: E402  (the line above makes it importable)
+import configurator  # noqa: E402  (the line above makes it importable)
+from configurator import Run, save_checkpoint  # noqa: E402
 from model_gpt2 import GPT2, GPT2Config  # noqa: E402
 from model_minimind import MiniMind, MiniMindConfig  # noqa: E402
 from train_tokenizer import Tokenizer, byte_level_bpe, load_tokenizer, train_bpe  # noqa: E402
@@ -161,6 +163,14 @@ def gpt2(shared):
     """GPT-2's own tokenizer, where tiktoken has it on disk."""
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(shared('tiktoken')))
     return load_tokenizer('gpt2')
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    """As where it is not installed, and that is not said yet."""
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    has_matplotlib = functools.cache(configurator.has_matplotlib.__wrapped__)
+    monkeypatch.setattr(configurator, 'has_matplotlib', has_matplotlib)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+import show_classifier
 import torch
 from conftest import numbers
 from torch.nn import functional as F
@@ -66,6 +67,20 @@ def test_what_learns(kind):
     assert learning['last'] - head and all(name.startswith((block, norm)) for name in learning['last'] - head)
     assert any(name.startswith(norm) for name in learning['last'])
     assert any('wte' in name or 'embed' in name for name in learning['all'])
+
+
+@pytest.mark.parametrize('kind', ['minimind', 'gpt2'])
+def test_the_head_reads_the_end_of_the_text_or_of_its_padding_or_the_first_token(kind):
+    """Whatever batch a text stands in: in padding the row is block_size long, and repeats the text's end."""
+    model, split = classifier(kind), texts([9, 20, 3])._replace(labels=np.array([0, 1, 2]))
+    rows = [split.tokens[i:j].tolist() for i, j in zip(split.offsets, split.offsets[1:])]
+    seen = dict(text=rows, padding=[row + row[-1:] * (32 - len(row)) for row in rows],
+                first=[row[:1] for row in rows])
+    for reads, whole in seen.items():
+        expected = torch.cat([model(torch.tensor([row]))[0][:, -1] for row in whole])
+        for some in ([0, 1, 2], [2], [0, 2]):
+            x, _, lengths = batch_at(split, some, 32, reads)
+            torch.testing.assert_close(label_logits(model, x, lengths), expected[some], atol=1e-5, rtol=1e-5)
 
 
 def test_a_text_too_long_loses_its_end_but_not_its_last_token():
@@ -133,7 +148,8 @@ def test_a_run_learns_and_then_classifies(script, tmp_path, tiny_run, moods, kin
         assert words in script('finetune_cls.py', '--out_dir=run', f'--classify_file={file}', code=2).stderr
 
 
-def test_what_is_asked_is_read_as_what_is_learned(tmp_path, tokenizer, moods, capsys):
+@pytest.mark.parametrize('reads', ['text', 'padding', 'first'])
+def test_what_is_asked_is_read_as_what_is_learned(tmp_path, tokenizer, moods, capsys, reads):
     """By ids: a text of the test split gets the same logits, with white space around it, and cut."""
     folder, run = str(tmp_path / 'run'), start_run('cpu', 'float32')
     meta, _, _, test = open_data(run, moods('minimind'), 'cls', tokenizer)
@@ -143,9 +159,9 @@ def test_what_is_asked_is_read_as_what_is_learned(tmp_path, tokenizer, moods, ca
     torch.nn.init.normal_(model.lm_head.weight)                     # so that probabilities differ
     block_size = int(np.diff(test.offsets).max()) - 1
     save_checkpoint(run, folder, tokenizer, model.config, model=model.state_dict(), step=1,
-                    labels=meta['labels'], settings=dict(block_size=block_size))
+                    labels=meta['labels'], settings=dict(block_size=block_size, reads=reads))
     capsys.readouterr()
-    p, labels = predictions(model, run, test, block_size)[0].softmax(-1).max(-1)
+    p, labels = predictions(model, run, test, block_size, reads)[0].softmax(-1).max(-1)
     classify_texts(folder, [f' {text}\t\n' for text in texts], run)
     shown, said = capsys.readouterr()
     rows = [line.split('\t')[:2] for line in shown.splitlines()]
@@ -155,6 +171,34 @@ def test_what_is_asked_is_read_as_what_is_learned(tmp_path, tokenizer, moods, ca
     with pytest.raises(SystemExit):
         classify_texts(folder, [' \n'], run)
     assert 'the text is empty' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('reads', ['padding', 'first'])
+def test_a_run_remembers_where_its_head_reads(script, tmp_path, tiny_run, moods, reads):
+    data = moods('minimind')
+    script('finetune_cls.py', f'--init_from={tiny_run("minimind")}', f'--dataset={data}', '--out_dir=run',
+           '--max_iters=30', '--block_size=32', f'--reads={reads}', *SMALL)
+    report = json.loads((tmp_path / 'run' / 'report.json').read_text())
+    assert report['train']['accuracy'] > 0.9 if reads == 'padding' else report['test']['accuracy'] < 0.8
+    folder, run = str(tmp_path / 'run'), start_run('cpu', 'float32')
+    model, its_tokenizer, checkpoint = load_classifier(folder)
+    test = open_data(run, data, 'cls', its_tokenizer)[3]
+    logits, labels = predictions(model, run, test, 32, checkpoint['settings']['reads'])
+    assert (logits.argmax(-1) == labels).double().mean().item() == pytest.approx(report['test']['accuracy'])
+    text = its_tokenizer.decode(test.tokens[:test.offsets[1] - 1])
+    said = script('finetune_cls.py', '--out_dir=run', f'--classify={text}', '--device=cpu').stdout.split('\t')
+    p, label = logits[0].softmax(-1).max(-1)
+    assert said[0] == checkpoint['labels'][label] and float(said[1]) == pytest.approx(p.item(), abs=0.02)
+
+
+def test_the_table_of_variants(tmp_path, tiny_run, moods, capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['show'])
+    settings = dict(arg.removeprefix('--').split('=') for arg in SMALL)
+    run, data = tiny_run('minimind'), moods('minimind')
+    show_classifier.classifier(tmp_path, init_from=run, dataset=data, max_iters=1, **settings)
+    head, *rows = capsys.readouterr().out.splitlines()[-8:]
+    assert head.split() == ['reads,', 'trainable', 'train', 'val', 'test'] and len(rows) == 7
+    assert all(0 <= float(n) <= 1 for row in rows for n in row.split()[-3:])
 
 
 def test_pictures(script, tmp_path, tiny_run, moods):
@@ -195,6 +239,8 @@ def test_mistakes_are_one_line(script, tiny_run, moods):
     for options, words in [
             ([f'--init_from={run}', f'--dataset={moods("gpt2")}'], 'was tokenised otherwise than'),
             ([f'--init_from={run}', f'--dataset={data}', '--trainable=most'], "'head', 'last', 'all'"),
+            ([f'--init_from={run}', f'--dataset={data}', '--reads=last'], "'text', 'padding', 'first'"),
+            ([f'--out_dir={run}', '--classify=x', '--reads=first'], 'reads applies not with --classify'),
             ([f'--out_dir={run}', '--classify=x'], 'is no classifier'),
             ([f'--out_dir={run}', '--classify='], 'need a text'),
             (['--out_dir=nowhere', '--classify=x'], 'nowhere'),

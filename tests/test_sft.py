@@ -5,12 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import show_classifier
 import torch
 from conftest import numbers
 
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
-from prepare import Piece, Split, write_data
+from prepare import Piece, Split, read_split, write_data
 from train_tokenizer import encode_chat
 from sample import load_run, prompt_that_fits
 from sft import Rows, answers, exact_match, last_answers, learnable, pack
@@ -215,6 +216,41 @@ def test_debug_mask(script, tiny_run, counting):
                   '--debug_mask')
     assert done.stdout.splitlines()[1].split() == ['0', '1', '-', "'<|im_start|>'"]
     assert done.stdout.count('yes') < done.stdout.count('\n') / 2
+
+
+def test_loss_on_all_makes_targets_of_prompts_but_not_in_the_held_out_loss(script, tiny_run, counting):
+    """Not of padding, nor of the first token. The same rows, so that only the targets differ."""
+    options = [f'--init_from={tiny_run("minimind")}', f'--dataset={counting("minimind")}']
+    table = script('sft.py', *options, '--loss_on=all', '--debug_mask').stdout.splitlines()[1:]
+    assert [line.split()[2] for line in table] == ['-'] + ['yes'] * (len(table) - 1)
+    done = {how: script('sft.py', *options, f'--loss_on={how}', '--max_iters=1', '--report_size=0', *SMALL
+                        ).stdout for how in ('answers', 'all')}
+    first = [re.findall(r'held-out loss (\d\S+)', out)[0] for out in done.values()]
+    assert first[0] == first[1]
+    loss = [numbers(r'step +0/1 +loss (\S+)', out) for out in done.values()]
+    assert loss[0] != loss[1] and 'over its answers alone' in done['all']
+    assert re.findall(r'\d+ conversations in .+? in use', done['answers'])[0] in done['all']
+
+
+def test_loss_on_all_is_the_mean_over_each_token_that_follows_another(script, tiny_run, counting):
+    folder, data = tiny_run('minimind'), counting('minimind')
+    train, model = read_split(str(data), 'train'), load_run(str(folder))[0]
+    texts = [torch.tensor([train.tokens[i:j].tolist()]) for i, j in zip(train.offsets, train.offsets[1:])]
+    out = script('sft.py', f'--init_from={folder}', f'--dataset={data}', '--loss_on=all', '--layout=padded',
+                 '--max_iters=1', '--report_size=0', *SMALL, f'--batch_size={len(texts)}').stdout
+    total = sum(model(text[:, :-1], text[:, 1:])[1].item() * (text.numel() - 1) for text in texts)
+    mean = total / sum(text.numel() - 1 for text in texts)
+    assert numbers(r'step +0/1 +loss (\S+)', out) == pytest.approx([mean], abs=2e-4)
+
+
+def test_the_table_of_both_losses(tmp_path, tiny_run, counting, capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['show'])
+    settings = dict(arg.removeprefix('--').split('=') for arg in SMALL)
+    run, data = tiny_run('minimind'), counting('minimind')
+    show_classifier.loss_on(tmp_path, init_from=run, dataset=data, max_iters=1, **settings)
+    _, answers, everything = capsys.readouterr().out.splitlines()
+    assert answers.split()[0] == 'answers' and everything.split()[0] == 'all'
+    assert answers.split()[1] == everything.split()[1] and 'of 6' in answers
 
 
 # ---- conversation ----

@@ -3,10 +3,12 @@ import json
 
 import pytest
 import tiktoken
+import tokenizers
 from conftest import TEXT
+from tokenizers import models
 
 from prepare import Piece, read_split, write_data
-from train_tokenizer import (Tokenizer, bpe_merges, encode_chat, load_tokenizer, train_bpe,
+from train_tokenizer import (Tokenizer, bpe_merges, encode_chat, load_tokenizer, special_token, train_bpe,
                              train_lookup, training_texts)
 
 TEXTS = ['The keeper reads the rules.', '  two  spaces\tand a tab\r\n\r\n', '大模型炼丹术：从零开始。',
@@ -177,6 +179,42 @@ def test_trace_merges_what_the_library_merges():
 def test_special_tokens_in_the_text_are_no_words():
     words = Tokenizer(train_lookup([f'{TEXT} <|endoftext|> <|unk|>'], 10_000, 'word'))
     assert max(words.encode(TEXT + ' zebra')) == words.vocab_size - 1
+
+
+def models_with_special_words():
+    """Models that look words up, or take the likeliest pieces, with a special token among both."""
+    letters, eot = '<endoftx|> ', '<|endoftext|>'
+    yield 'word', train_lookup(['a user typed'], 10_000, 'word')
+    yield 'WordPiece', models.WordPiece({'<|unk|>': 0, eot: 1, 'typed': 2}, unk_token='<|unk|>')
+    yield 'Unigram', models.Unigram([(eot, 0.0), *((letter, -3.0) for letter in letters)], unk_id=1)
+    yield 'BPE that ignores its merges', models.BPE(
+        {letter: i for i, letter in enumerate([*letters, eot])}, [], ignore_merges=True)
+
+
+@pytest.mark.parametrize('kind, model', [*models_with_special_words()])
+def test_a_special_token_that_is_typed_is_no_word_either(kind, model, tmp_path):
+    if not isinstance(model, tokenizers.Tokenizer):
+        model = tokenizers.Tokenizer(model)
+        model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        model.add_special_tokens([special_token('<|endoftext|>')])
+    words = Tokenizer(model)
+    for text in ('<|endoftext|>', 'typed <|endoftext|> <|endoftext|>'):
+        assert words.encode(text) and words.eot not in words.encode(text)
+        assert not any(words.eot in ids for ids in words.encode_batch([text]))
+    again = Tokenizer(tokenizers.Tokenizer.from_str(words.backend.to_str()))
+    assert again.fingerprint == words.fingerprint and again.encode(text) == words.encode(text)
+    words.backend.encode_special_tokens = False                 # in a corpus for pretraining it is that
+    assert words.encode('<|endoftext|>') == [words.eot]
+
+
+def test_a_token_that_is_meant_to_be_typed_stays_one(tokenizer, edited):
+    """As <think> of Qwen3, which is added, but not special; and how text is split stays as it was."""
+    def add(state):
+        state['added_tokens'].append(dict(state['added_tokens'][0], id=350, content='<think>', special=False))
+    other = edited(add)
+    assert other.encode('a<think>') == [*tokenizer.encode('a'), 350]
+    splitters = [json.loads(one.backend.to_str())['pre_tokenizer'] for one in (tokenizer, other)]
+    assert splitters[0] == splitters[1]
 
 
 def test_characters():
