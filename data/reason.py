@@ -3,74 +3,125 @@ The built-in set of arithmetic word problems with a worked solution (tutorial ch
 
     python data/reason.py           # no network; less than a second
 
-writes 6,000 records into data/raw/reason.jsonl, such as
+writes 12,000 records into data/raw/reason.jsonl, such as
 
-    {"conversations": [{"role": "user", "content": "Ann has 3 eggs and gets 4 more. How many eggs ... now?"},
-                       {"role": "assistant",
-                        "content": "<think>\nall eggs: 3 + 4 = 7\n</think>\n<answer>\n7\n</answer>"}],
+    {"conversations": [{"role": "user", "content": "Ann has 47 eggs and gets 25 more. How many ... in all?"},
+                       {"role": "assistant", "content": "<think>\nall: 47 + 25 = 60 + 12 = 72\n</think>\n
+                                                         <answer>\n72\n</answer>"}],
      "split": "train", "label": "new numbers"}
 
-Two kinds of problem are held out, and the label tells them apart: 'new numbers' no training problem has
-together, and a 'new template' no training problem is made from.
+A sum is worked as one does it in the head, tens apart from ones. Two kinds of problem are held out, and the
+label tells them apart: 'new numbers' no training problem has together, and a 'new template', a story in words
+that no training problem has, for operations that are trained.
 """
 import hashlib
 import json
 import os
 import random
+import re
 import sys
 
 PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'raw', 'reason.jsonl')
 HELD_OUT = 0.05             # share of the problems, of each kind
 
-# The question; its steps, "what it is: x op y", where r1 is the result of the first step; the ranges of
-# its numbers.
-TEMPLATES = [
-    ('{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?',
-     ['all {things}: {a} + {b}'], dict(a=(2, 50), b=(2, 50))),
-    ('{name} has {a} {things} and gives {b} of them to {friend}. How many {things} are left?',
-     ['{things} left: {a} - {b}'], dict(a=(30, 80), b=(2, 29))),
-    ('There are {a} boxes with {b} {things} in each. How many {things} are there?',
-     ['{things} in the boxes: {a} * {b}'], dict(a=(2, 12), b=(2, 12))),
-    ('{name} buys {a} bags of {b} {things} and finds {c} more. How many {things} are that?',
-     ['in the bags: {a} * {b}', 'with those found: {r1} + {c}'], dict(a=(2, 10), b=(2, 10), c=(2, 30))),
-    ('{name} has {a} {things}, {friend} has {b} more than {name}. How many {things} do they have together?',
-     ['{friend} has: {a} + {b}', 'together: {a} + {r1}'], dict(a=(2, 40), b=(2, 20))),
-    ('A shop has {a} {things}. It sells {b} in the morning and {c} in the evening. How many {things} remain?',
-     ['after the morning: {a} - {b}', 'after the evening: {r1} - {c}'],
-     dict(a=(50, 99), b=(2, 25), c=(2, 24))),
-    ('{name} puts {a} {things} into each of {b} boxes and has {c} left over. '
-     'How many {things} were there at first?',
-     ['in the boxes: {b} * {a}', 'at first: {r1} + {c}'], dict(a=(2, 10), b=(2, 10), c=(1, 9))),
-    ('One of the {things} costs {a} coins. {name} buys {b} of them and pays with {c} coins. '
-     'How many coins does {name} get back?',
-     ['the price: {b} * {a}', 'coins back: {c} - {r1}'], dict(a=(2, 9), b=(2, 9), c=(82, 99))),
-    ('{name} reads {a} pages a day for {b} days, then {c} pages on the last day. How many pages are that?',
-     ['pages before the last day: {b} * {a}', 'all pages: {r1} + {c}'],
-     dict(a=(2, 10), b=(2, 10), c=(2, 30))),
-    ('{name} has {a} {things}, loses {b} of them, then finds {c}. How many {things} does {name} have now?',
-     ['after the loss: {a} - {b}', 'after the find: {r1} + {c}'], dict(a=(30, 60), b=(2, 29), c=(2, 30))),
-]
-HELD_OUT_TEMPLATES = [      # other words for operations that are trained
-    ('{friend} had {a} {things} and took {b} from {name}. How many {things} does {friend} have now?',
-     ['all {things}: {a} + {b}'], dict(a=(2, 50), b=(2, 50))),
-    ('In {a} rows stand {b} {things} each; {c} of them are broken. How many {things} are whole?',
-     ['{things} in the rows: {a} * {b}', 'whole {things}: {r1} - {c}'],
-     dict(a=(4, 10), b=(4, 10), c=(2, 15))),
+# Of each kind of problem: its stories, of which the last is held out; what may be asked; the steps, "what it
+# is: x op y", where r1 is the result of the first; the ranges of its numbers. [this|that] is one of them.
+IN_ALL = ['How many {things} are there in all?', 'How many {things} is that together?',
+          'How many {things} are that in all?']
+LEFT = ['How many {things} are left?', 'How many {things} remain?', 'How many {things} are still there?']
+NOW = ['How many {things} are there now?', 'How many {things} is that now?', 'How many {things} is it then?']
+KINDS = [
+    (['{name} has {a} {things} and [gets|finds|buys|wins] {b} more.',
+      '{name} had {a} {things}. {friend} [gives|brings|sends] {name} {b} more.',
+      'There are {a} {things} in a [box|bag|drawer]. {name} puts {b} more into it.',
+      '{name} has {a} {things}, {friend} has {b}.',
+      'On [Monday|Friday] {name} [collects|finds] {a} {things}, on Sunday {b}.',
+      '{a} {things} lie on the table and {b} on the floor.',
+      'One shelf holds {a} {things}, another shelf holds {b}.'],
+     IN_ALL, ['all: {a} + {b}'], dict(a=(2, 50), b=(2, 50))),
+    (['{name} has {a} {things} and [gives|sells|sends] {b} of them to {friend}.',
+      '{name} had {a} {things} but [lost|broke|dropped] {b} of them.',
+      'There are {a} {things} in a [box|bag|drawer]. {name} takes {b} out.',
+      'A shop has {a} {things} and sells {b} of them.',
+      'Of {a} {things} {b} are [broken|lost|gone].',
+      '{friend} [takes|borrows] {b} of the {a} {things} that {name} has.',
+      '{a} {things} lie on the table. {name} takes {b} of them away.'],
+     LEFT, ['left: {a} - {b}'], dict(a=(30, 80), b=(2, 29))),
+    (['There are {a} [boxes|bags|drawers] with {b} {things} in each.',
+      '{name} buys {a} [boxes|bags] of {b} {things} each.',
+      '{name} [finds|collects|gets] {a} {things} a day for {b} days.',
+      '{a} [children|friends|teachers] have {b} {things} each.',
+      'In {a} rows stand {b} {things} each.',
+      'Each of {a} [boxes|bags|rows] holds {b} {things}.',
+      '{name} has {a} shelves, and {b} {things} lie on each of them.'],
+     IN_ALL, ['all: {a} * {b}'], dict(a=(2, 12), b=(2, 12))),
+    (['{name} buys {a} [boxes|bags] of {b} {things} and [finds|gets] {c} more.',
+      'There are {a} [boxes|bags] with {b} {things} in each, and {c} {things} beside them.',
+      '{name} [finds|collects|gets] {a} {things} a day for {b} days, then {c} on the last day.',
+      '{a} [children|friends] have {b} {things} each, their teacher has {c}.',
+      '{name} puts {a} {things} into each of {b} [boxes|drawers] and has {c} left over.',
+      'In {a} rows stand {b} {things} each, and {c} more lie on the floor.',
+      'Each of {a} drawers holds {b} {things}. {friend} brings {c} more.'],
+     IN_ALL, ['first: {a} * {b}', 'all: {r1} + {c}'], dict(a=(2, 10), b=(2, 10), c=(2, 30))),
+    (['{name} has {a} {things}, {friend} has {b} more than {name}.',
+      '{name} [finds|collects|buys] {a} {things} and {friend} {b} more than that.',
+      'A red box holds {a} {things}, a blue box {b} more than the red one.',
+      'On [Monday|Friday] {name} sells {a} {things}, on Sunday {b} more than that.',
+      'There are {a} {things} on the table, and on the floor {b} more than on the table.',
+      'One shop has {a} {things}, another shop has {b} more than the first.',
+      '{name} brings {a} {things}, and {friend} brings {b} more than {name} does.'],
+     IN_ALL, ['others: {a} + {b}', 'all: {a} + {r1}'], dict(a=(2, 40), b=(2, 20))),
+    (['A shop has {a} {things}. It sells {b} in the morning and {c} in the evening.',
+      '{name} has {a} {things}, gives {b} to {friend} and [loses|breaks|drops] {c}.',
+      'There are {a} {things} in a [box|bag|drawer]. {name} takes {b} out, {friend} takes {c} out.',
+      'Of {a} {things} {b} are broken and {c} are lost.',
+      '{name} had {a} {things}. {friend} [takes|borrows] {b}, then {c} more.',
+      '{name} has {a} {things} and sells {b} on [Monday|Friday] and {c} on Sunday.',
+      '{a} {things} lie on the table. {name} takes {b} of them away and loses {c}.'],
+     LEFT, ['first: {a} - {b}', 'left: {r1} - {c}'], dict(a=(50, 99), b=(2, 25), c=(2, 24))),
+    (['{name} has {c} {things} and gives {b} to each of {a} [friends|children].',
+      'A shop has {c} {things} and sells {a} [boxes|bags] of {b}.',
+      'There are {c} {things}. {name} puts {b} into each of {a} [boxes|bags|drawers].',
+      '{name} had {c} {things} and [lost|sold|broke] {a} a day for {b} days.',
+      'Of {c} {things} {a} [children|friends] take {b} each.',
+      '{name} has {c} {things} and lays {a} of them into each of {b} rows.',
+      '{a} friends of {name} borrow {b} each of {c} {things}.'],
+     LEFT, ['first: {a} * {b}', 'left: {c} - {r1}'], dict(a=(2, 9), b=(2, 9), c=(82, 99))),
+    (['{name} has {a} {things}, [loses|sells|breaks] {b} of them, then [finds|buys|gets] {c}.',
+      'A shop has {a} {things}, sells {b} and [gets|buys] {c} new ones.',
+      'There are {a} {things} in a [box|bag|drawer]. {name} takes {b} out and puts {c} into it.',
+      '{name} had {a} {things}. {friend} [takes|borrows] {b} and brings {c}.',
+      'Of {a} {things} {b} are lost, but {c} more are found.',
+      '{name} has {a} {things}, gives {b} to {friend} and gets {c} back.',
+      '{a} {things} lie on the table. {name} takes {b} of them away, {friend} brings {c} more.'],
+     NOW, ['first: {a} - {b}', 'all: {r1} + {c}'], dict(a=(30, 60), b=(2, 29), c=(2, 30))),
 ]
 NAMES = ('Ann', 'Ben', 'Carl', 'Dora', 'Emil', 'Fay', 'Gus', 'Hana', 'Ivo', 'June')
 THINGS = ('apples', 'books', 'cards', 'eggs', 'keys', 'marbles', 'pens', 'shells', 'stamps', 'stones')
 CALCULATE = {'+': int.__add__, '-': int.__sub__, '*': int.__mul__}
 
 
-def problems(count=6000):
+def in_parts(x, op, y):
+    """How a sum of two numbers from 10 on is done in the head, tens apart from ones: '60 + 12 = ' of 47 + 25,
+    '43 - 8 = ' of 63 - 28; else ''."""
+    tens, ones = y // 10 * 10, y % 10
+    if op == '+' and min(x, y) >= 10:
+        return f"{x // 10 * 10 + tens} + {x % 10 + ones} = "
+    return f"{x - tens} - {ones} = " if op == '-' and tens and ones else ''
+
+
+def problems(count=12000):
     """Yield the records. The answer shows the steps in <think>, "what it is: x op y = z", and the last z in
     <answer>."""
     rng, asked = random.Random(1337), set()
     while len(asked) < count:
         is_new = rng.random() < HELD_OUT            # the template
-        question, steps, ranges = rng.choice(HELD_OUT_TEMPLATES if is_new else TEMPLATES)
+        stories, questions, steps, ranges = rng.choice(KINDS)
+        story = stories[-1] if is_new else rng.choice(stories[:-1])
+        question = re.sub(r'\[(.+?)\]', lambda found: rng.choice(found[1].split('|')), story)
+        question += ' ' + rng.choice(questions)
         values = {key: rng.randint(*bounds) for key, bounds in ranges.items()}
-        digest = hashlib.sha256(' '.join(map(str, values.values())).encode()).hexdigest()
+        digest = hashlib.sha256(' '.join(map(str, sorted(values.values()))).encode()).hexdigest()
         split = 'val' if is_new or int(digest[:8], 16) < HELD_OUT * 2**32 else 'train'
         name, friend = rng.sample(NAMES, 2)
         values.update(name=name, friend=friend, things=rng.choice(THINGS))
@@ -79,7 +130,7 @@ def problems(count=6000):
             step = step.format(**values)
             x, op, y = step.split(': ')[1].split()
             result = CALCULATE[op](int(x), int(y))
-            worked.append(f"{step} = {result}\n")
+            worked.append(f"{step} = {in_parts(int(x), op, int(y))}{result}\n")
             values[f'r{len(worked)}'] = result
         question = question.format(**values)
         if question not in asked:

@@ -132,17 +132,17 @@ def test_cross_entropy_part_is_unweighted(batch):
 def test_every_reason_answer_checks_and_nothing_held_out_was_trained():
     reason = data_script('reason')
     trained, held_out = [], []
-    for record in reason.problems(count=1500):
+    for record in reason.problems(count=3000):
         question, answer = (message['content'] for message in record['conversations'])
         thought = answer.split('<think>\n')[1].split('\n</think>')[0]
         steps = [step.split(': ')[1] for step in thought.split('\n')]
         for step in steps:
-            left, right = step.split(' = ')
-            assert eval(left) == int(right) > 0, step
+            *sums, right = step.split(' = ')
+            assert {eval(left) for left in sums} == {int(right)} and int(right) > 0, step
         assert parse_answer(answer) == right
-        # the numbers of a problem in their order, and its words without names, things and numbers
-        found = (tuple(re.findall(r'\d+', question)), re.sub(
-            '|'.join([r'\d+', *reason.NAMES, *reason.THINGS]), '_', question))
+        # the numbers of a problem, and its story without names, things and numbers
+        found = (tuple(sorted(re.findall(r'\d+', question))), re.sub(
+            '|'.join([r'\d+', *reason.NAMES, *reason.THINGS]), '_', question.partition(' How many')[0]))
         assert set(found[0]) <= set(re.findall(r'\d+', answer))
         (trained if record['split'] == 'train' else held_out).append((record['label'], found))
     combinations = {key for _, (key, _) in trained}
@@ -152,7 +152,15 @@ def test_every_reason_answer_checks_and_nothing_held_out_was_trained():
     for label, (combination, template) in held_out:
         assert (template in templates) == (label == 'new numbers')
         assert label == 'new template' or combination not in combinations
-    assert len(templates) == len(reason.TEMPLATES)
+    new = {key for label, (_, key) in held_out if label == 'new template'}
+    assert len(new) == len(reason.KINDS) and len(templates) > 5 * len(new)
+
+
+@pytest.mark.parametrize('x, op, y, between', [
+    (47, '+', 25, '60 + 12 = '), (63, '-', 28, '43 - 8 = '), (100, '+', 30, '130 + 0 = '),
+    (47, '+', 5, ''), (63, '-', 20, ''), (63, '-', 8, ''), (12, '*', 12, '')])
+def test_sums_are_done_in_the_head(x, op, y, between):
+    assert data_script('reason').in_parts(x, op, y) == between
 
 
 # ---- the run ----
