@@ -297,9 +297,9 @@ def text_parts(file, size=1 << 16):
 # ---- training ----
 
 def train_bpe(texts, vocab_size, split_han=False):
-    """Byte-level BPE from an iterator of texts; a `tokenizers` backend of at most vocab_size tokens. A digit is
-    a token, as in SmolLM and Qwen, so that sums are done digit by digit. With split_han each Chinese character
-    is a word of its own, within which bytes are merged."""
+    """Byte-level BPE from an iterator of texts; a `tokenizers` backend of at most vocab_size tokens. Each digit
+    is one, as in SmolLM and Qwen: sums can be done digit by digit. With split_han each Chinese character is a
+    word of its own, within which bytes are merged."""
     backend = byte_level_bpe({}, [], [])
     han = [pre_tokenizers.Split(tokenizers.Regex(r'\p{Han}'), 'isolated')] * split_han
     digits = pre_tokenizers.Digits(individual_digits=True)
