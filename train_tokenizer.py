@@ -297,7 +297,7 @@ def text_parts(file, size=1 << 16):
 # ---- training ----
 
 def train_bpe(texts, vocab_size, split_han=False):
-    """Byte-level BPE from an iterator of texts; a `tokenizers` backend of at most vocab_size tokens. Each digit
+    """Byte-level BPE from an iterator of texts: a `tokenizers` backend of up to vocab_size tokens. Each digit
     is one, as in SmolLM and Qwen: sums can be done digit by digit. With split_han each Chinese character is a
     word of its own, within which bytes are merged."""
     backend = byte_level_bpe({}, [], [])
