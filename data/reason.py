@@ -2,6 +2,7 @@ r"""
 The built-in set of arithmetic word problems with a worked solution (tutorial chapter II-12).
 
     python data/reason.py           # no network; less than a second
+    python data/reason.py --taught=answers.txt      # what a teacher answers to data/raw/reason_questions.txt
 
 writes 12,000 records into data/raw/reason.jsonl, such as
 
@@ -21,7 +22,7 @@ import random
 import re
 import sys
 
-PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'raw', 'reason.jsonl')
+RAW = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'raw')
 HELD_OUT = 0.05             # share of the problems, of each kind
 
 # Of each kind of problem: its stories, of which the last is held out; what may be asked; the steps, "what it
@@ -110,6 +111,11 @@ def in_parts(x, op, y):
     return f"{x - tens} - {ones} = " if op == '-' and tens and ones else ''
 
 
+def conversation(question, answer, **more):
+    return dict(conversations=[dict(role='user', content=question),
+                               dict(role='assistant', content=answer)], **more)
+
+
 def problems(count=12000):
     """Yield the records. The answer shows the steps in <think>, "what it is: x op y = z", and the last z in
     <answer>."""
@@ -136,21 +142,50 @@ def problems(count=12000):
         if question not in asked:
             asked.add(question)
             answer = f"<think>\n{''.join(worked)}</think>\n<answer>\n{result}\n</answer>"
-            yield dict(conversations=[dict(role='user', content=question),
-                                      dict(role='assistant', content=answer)],
-                       split=split, label='new template' if is_new else 'new numbers')
+            yield conversation(question, answer, split=split,
+                               label='new template' if is_new else 'new numbers')
+
+
+def taught(path):
+    """Records for a student from what a teacher answers, as sample.py prints it: its right answers, each once;
+    and the problems held out."""
+    real = list(problems())
+    results = {question['content']: answer['content'].partition('</think>')[2]
+               for question, answer in (record['conversations'] for record in real)}
+    with open(path, encoding='utf-8') as f:
+        pairs = {part.strip().partition('\n')[::2] for part in f.read().split('-' * 40)} - {('', '')}
+    right = [conversation(question, answer, split='train') for question, answer in sorted(pairs)
+             if answer.startswith('<think>') and answer.partition('</think>')[2] == results.get(question)]
+    if not right:
+        raise ValueError(f"{path} holds no right answer to a problem of this set")
+    print(f"{len(right):,} of {len(pairs):,} different answers are right")
+    return right + [record for record in real if record['split'] == 'val']
+
+
+def write(name, lines):
+    """Write a file in data/raw/, all of it or nothing; two runs at once do not disturb each other."""
+    path = os.path.join(RAW, name)
+    part = f'{path}.{os.getpid()}.part'
+    os.makedirs(RAW, exist_ok=True)
+    with open(part, 'w', encoding='utf-8') as f:
+        f.writelines(line + '\n' for line in lines)
+    os.replace(part, path)
+    print(f"wrote {path}")
 
 
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='backslashreplace')       # the path may have letters that a log lacks
-    # all or nothing; two runs at once do not disturb each other
-    part = f'{PATH}.{os.getpid()}.part'
     try:
-        os.makedirs(os.path.dirname(PATH), exist_ok=True)
-        with open(part, 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(record) + '\n' for record in problems())
-        os.replace(part, PATH)
-    except OSError as e:
-        print(f"reason.py: {e}; put records as in its docstring into {PATH}", file=sys.stderr)
+        match sys.argv[1:]:
+            case []:
+                records = list(problems())
+                write('reason.jsonl', map(json.dumps, records))
+                write('reason_questions.txt', [record['conversations'][0]['content'] for record in records
+                                               if record['split'] == 'train'][:1500])
+            case [argument] if argument.startswith('--taught='):
+                write('reason_taught.jsonl', map(json.dumps, taught(argument.partition('=')[2])))
+            case arguments:
+                raise ValueError(f"{' '.join(arguments)}: give nothing, or --taught=FILE")
+    except (OSError, ValueError) as e:
+        print(f"reason.py: {e}", file=sys.stderr)
         sys.exit(2)
-    print(f"wrote {PATH}")
