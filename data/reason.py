@@ -147,7 +147,7 @@ def problems(count=12000):
 
 
 def taught(path):
-    """Records for a student from what a teacher answers, as sample.py prints it: its right answers, each once;
+    """Records for a student from what a teacher answers, as sample.py prints it: right answers, each once;
     and the problems held out."""
     real = list(problems())
     results = {question['content']: answer['content'].partition('</think>')[2]
