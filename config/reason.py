@@ -8,3 +8,4 @@ optimizer = 'muon'
 learning_rate = 3e-3
 max_iters = 200
 report_size = 200
+max_new_tokens = 100

@@ -7,8 +7,8 @@ The built-in set of arithmetic word problems with a worked solution (tutorial ch
 writes 12,000 records into data/raw/reason.jsonl, such as
 
     {"conversations": [{"role": "user", "content": "Ann has 47 eggs and gets 25 more. How many ... in all?"},
-                       {"role": "assistant", "content": "<think>\nall: 47 + 25 = 60 + 12 = 72\n</think>\n
-                                                         <answer>\n72\n</answer>"}],
+                       {"role": "assistant", "content": "<think>\nall: 47+25=40+20+7+5=60+12=72\n
+                                                         </think>\n<answer>\n72\n</answer>"}],
      "split": "train", "label": "new numbers"}
 
 A sum is worked as one does it in the head, tens apart from ones. Two kinds of problem are held out, and the
@@ -38,6 +38,10 @@ KINDS = [
       '{name} has {a} {things}, {friend} has {b}.',
       'On [Monday|Friday] {name} [collects|finds] {a} {things}, on Sunday {b}.',
       '{a} {things} lie on the table and {b} on the floor.',
+      '{name} [makes|packs] {a} {things} today and {b} tomorrow.',
+      '{a} {things} are in the kitchen, {b} [are|lie] in the garden.',
+      '{friend} finds {b} {things}. {name} had {a} before that.',
+      'To the {a} {things} on the [desk|wall|shelf] {friend} adds {b}.',
       'One shelf holds {a} {things}, another shelf holds {b}.'],
      IN_ALL, ['all: {a} + {b}'], dict(a=(2, 50), b=(2, 50))),
     (['{name} has {a} {things} and [gives|sells|sends] {b} of them to {friend}.',
@@ -46,6 +50,10 @@ KINDS = [
       'A shop has {a} {things} and sells {b} of them.',
       'Of {a} {things} {b} are [broken|lost|gone].',
       '{friend} [takes|borrows] {b} of the {a} {things} that {name} has.',
+      '{name} [picked|made|bought] {a} {things} and gave {b} away.',
+      '{b} of the {a} {things} in the garden are [stolen|taken].',
+      'On the [desk|wall|shelf] were {a} {things}, but {b} fell down.',
+      '{friend} gets {b} {things} from {name}, who had {a}.',
       '{a} {things} lie on the table. {name} takes {b} of them away.'],
      LEFT, ['left: {a} - {b}'], dict(a=(30, 80), b=(2, 29))),
     (['There are {a} [boxes|bags|drawers] with {b} {things} in each.',
@@ -54,6 +62,10 @@ KINDS = [
       '{a} [children|friends|teachers] have {b} {things} each.',
       'In {a} rows stand {b} {things} each.',
       'Each of {a} [boxes|bags|rows] holds {b} {things}.',
+      '{a} times {name} brings {b} {things}.',
+      'On every [desk|wall|shelf] are {a} {things}, and there are {b} of these in the house.',
+      '{name} packs {a} {things} into each of {b} [boxes|bags].',
+      'Every one of {a} shops sells {b} {things}.',
       '{name} has {a} shelves, and {b} {things} lie on each of them.'],
      IN_ALL, ['all: {a} * {b}'], dict(a=(2, 12), b=(2, 12))),
     (['{name} buys {a} [boxes|bags] of {b} {things} and [finds|gets] {c} more.',
@@ -62,6 +74,10 @@ KINDS = [
       '{a} [children|friends] have {b} {things} each, their teacher has {c}.',
       '{name} puts {a} {things} into each of {b} [boxes|drawers] and has {c} left over.',
       'In {a} rows stand {b} {things} each, and {c} more lie on the floor.',
+      '{a} shops sell {b} {things} each, and {name} sells {c}.',
+      '{name} packs {a} [boxes|bags] with {b} {things} each and keeps {c}.',
+      'On each of {a} [desks|shelves] are {b} {things}, and {c} are in the garden.',
+      '{a} times {name} brings {b} {things}, then {friend} brings {c}.',
       'Each of {a} drawers holds {b} {things}. {friend} brings {c} more.'],
      IN_ALL, ['first: {a} * {b}', 'all: {r1} + {c}'], dict(a=(2, 10), b=(2, 10), c=(2, 30))),
     (['{name} has {a} {things}, {friend} has {b} more than {name}.',
@@ -70,6 +86,10 @@ KINDS = [
       'On [Monday|Friday] {name} sells {a} {things}, on Sunday {b} more than that.',
       'There are {a} {things} on the table, and on the floor {b} more than on the table.',
       'One shop has {a} {things}, another shop has {b} more than the first.',
+      '{a} {things} are in the kitchen, in the garden are {b} more than in the kitchen.',
+      '{name} [makes|packs] {a} {things} today and tomorrow {b} more than today.',
+      'On one [desk|shelf] are {a} {things}, on another {b} more than on that.',
+      '{friend} [gets|needs] {b} {things} more than {name}, who [gets|needs] {a}.',
       '{name} brings {a} {things}, and {friend} brings {b} more than {name} does.'],
      IN_ALL, ['others: {a} + {b}', 'all: {a} + {r1}'], dict(a=(2, 40), b=(2, 20))),
     (['A shop has {a} {things}. It sells {b} in the morning and {c} in the evening.',
@@ -78,6 +98,10 @@ KINDS = [
       'Of {a} {things} {b} are broken and {c} are lost.',
       '{name} had {a} {things}. {friend} [takes|borrows] {b}, then {c} more.',
       '{name} has {a} {things} and sells {b} on [Monday|Friday] and {c} on Sunday.',
+      'On the [desk|shelf] were {a} {things}, but {b} fell down and {c} were taken.',
+      '{name} [made|bought] {a} {things}, gave {b} away and sold {c}.',
+      'From {a} {things} {name} takes {b} and {friend} {c}.',
+      '{friend} gets {b} {things} and {c} {things} from {name}, who had {a}.',
       '{a} {things} lie on the table. {name} takes {b} of them away and loses {c}.'],
      LEFT, ['first: {a} - {b}', 'left: {r1} - {c}'], dict(a=(50, 99), b=(2, 25), c=(2, 24))),
     (['{name} has {c} {things} and gives {b} to each of {a} [friends|children].',
@@ -86,6 +110,10 @@ KINDS = [
       '{name} had {c} {things} and [lost|sold|broke] {a} a day for {b} days.',
       'Of {c} {things} {a} [children|friends] take {b} each.',
       '{name} has {c} {things} and lays {a} of them into each of {b} rows.',
+      '{name} made {c} {things} and packs {a} [boxes|bags] with {b} each.',
+      'On the shelf were {c} {things}, but {a} fell down on each of {b} days.',
+      '{a} times {name} takes {b} of the {c} {things} in the garden.',
+      '{name} had {c} {things}. Each of {a} friends [takes|borrows] {b}.',
       '{a} friends of {name} borrow {b} each of {c} {things}.'],
      LEFT, ['first: {a} * {b}', 'left: {c} - {r1}'], dict(a=(2, 9), b=(2, 9), c=(82, 99))),
     (['{name} has {a} {things}, [loses|sells|breaks] {b} of them, then [finds|buys|gets] {c}.',
@@ -94,6 +122,10 @@ KINDS = [
       '{name} had {a} {things}. {friend} [takes|borrows] {b} and brings {c}.',
       'Of {a} {things} {b} are lost, but {c} more are found.',
       '{name} has {a} {things}, gives {b} to {friend} and gets {c} back.',
+      'On the [desk|shelf] were {a} {things}, but {b} fell down and {name} adds {c}.',
+      '{name} [made|bought] {a} {things}, gave {b} away and makes {c} more.',
+      'From {a} {things} {name} takes {b}, and {friend} adds {c} to the rest.',
+      '{friend} gets {b} of the {a} {things} of {name}, who then buys {c}.',
       '{a} {things} lie on the table. {name} takes {b} of them away, {friend} brings {c} more.'],
      NOW, ['first: {a} - {b}', 'all: {r1} + {c}'], dict(a=(30, 60), b=(2, 29), c=(2, 30))),
 ]
@@ -102,13 +134,15 @@ THINGS = ('apples', 'books', 'cards', 'eggs', 'keys', 'marbles', 'pens', 'shells
 CALCULATE = {'+': int.__add__, '-': int.__sub__, '*': int.__mul__}
 
 
-def in_parts(x, op, y):
-    """How a sum of two numbers from 10 on is done in the head, tens apart from ones: '60 + 12 = ' of 47 + 25,
-    '43 - 8 = ' of 63 - 28; else ''."""
-    tens, ones = y // 10 * 10, y % 10
-    if op == '+' and min(x, y) >= 10:
-        return f"{x // 10 * 10 + tens} + {x % 10 + ones} = "
-    return f"{x - tens} - {ones} = " if op == '-' and tens and ones else ''
+def worked(x, op, y):
+    """How a sum is done in the head, tens apart from ones: '47+25=40+20+7+5=60+12=72', and borrowing
+    '63-28=50-20+13-8=30+5=35'. A product, or a sum of two digits, is known: '7*8=56'."""
+    result = CALCULATE[op](x, y)
+    if op == '*' or max(x, y) < 10:
+        return f"{x}{op}{y}={result}"
+    ones = x % 10 + 10 * (op == '-' and x % 10 < y % 10)
+    tens, pair = CALCULATE[op](x - ones, y // 10 * 10), f"{ones}{op}{y % 10}"
+    return f"{x}{op}{y}={x - ones}{op}{y // 10 * 10}+{pair}={tens}+{result - tens}={result}"
 
 
 def conversation(question, answer, **more):
@@ -131,17 +165,16 @@ def problems(count=12000):
         split = 'val' if is_new or int(digest[:8], 16) < HELD_OUT * 2**32 else 'train'
         name, friend = rng.sample(NAMES, 2)
         values.update(name=name, friend=friend, things=rng.choice(THINGS))
-        worked = []
-        for step in steps:
-            step = step.format(**values)
-            x, op, y = step.split(': ')[1].split()
-            result = CALCULATE[op](int(x), int(y))
-            worked.append(f"{step} = {in_parts(int(x), op, int(y))}{result}\n")
-            values[f'r{len(worked)}'] = result
+        thought = ''
+        for number, step in enumerate(steps, 1):
+            what, sum_of_two = step.format(**values).split(': ')
+            x, op, y = sum_of_two.split()
+            values[f'r{number}'] = result = CALCULATE[op](int(x), int(y))
+            thought += f"{what}: {worked(int(x), op, int(y))}\n"
         question = question.format(**values)
         if question not in asked:
             asked.add(question)
-            answer = f"<think>\n{''.join(worked)}</think>\n<answer>\n{result}\n</answer>"
+            answer = f"<think>\n{thought}</think>\n<answer>\n{result}\n</answer>"
             yield conversation(question, answer, split=split,
                                label='new template' if is_new else 'new numbers')
 
