@@ -165,6 +165,29 @@ def test_sums_are_done_in_the_head(steps):
     assert data_script('reason').worked(int(x), op, int(y)) == steps
 
 
+def test_tables_are_right_and_of_what_the_steps_take_as_known():
+    for record in data_script('reason').tables(count=50):
+        asked, known = (message['content'] for message in record['conversations'])
+        assert [line.split('=')[0] for line in known.split('\n')] == asked.split(', ')
+        for line in known.split('\n'):
+            assert re.fullmatch(r'(\d\+\d|1?\d-\d|1?\d\*1?\d)=\d+', line) and eval(line.replace('=', '=='))
+
+
+def test_a_student_is_taught_the_right_answers_of_a_teacher(tmp_path):
+    reason, line = data_script('reason'), '-' * 40 + '\n'
+    records = list(reason.problems())
+    asked, others = ([message['content'] for message in record['conversations']] for record in records[:2])
+    wrong = asked[1].replace('</answer>', '0</answer>')
+    (tmp_path / 'a.txt').write_text(''.join('\n'.join(pair) + '\n' + line for pair in (
+        asked, asked, [asked[0], wrong], [asked[0], 'so'], [others[0], asked[1]], ['Who?', asked[1]])))
+    first, *rest = reason.taught(tmp_path / 'a.txt')
+    assert first == reason.conversation(*asked, split='train')
+    assert rest == [record for record in records if record['split'] == 'val']
+    (tmp_path / 'b.txt').write_text('so\n')
+    with pytest.raises(ValueError, match='no right answer'):
+        reason.taught(tmp_path / 'b.txt')
+
+
 # ---- the run ----
 
 FAST = ['--device=cpu', '--dtype=float32', '--batch_size=4', '--block_size=128', '--log_interval=1',
