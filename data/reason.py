@@ -7,11 +7,11 @@ The built-in set of arithmetic word problems with a worked solution (tutorial ch
 writes 12,000 records into data/raw/reason.jsonl, such as
 
     {"conversations": [{"role": "user", "content": "Ann has 47 eggs and gets 25 more. How many ... in all?"},
-                       {"role": "assistant", "content": "<think>\nall: 47+25=40+20+7+5=60+12=72\n
+                       {"role": "assistant", "content": "<think>\nall: 47+25: 7+5=12, 40+20=60, 72\n
                                                          </think>\n<answer>\n72\n</answer>"}],
      "split": "train", "label": "new numbers"}
 
-A sum is worked as one does it in the head, tens apart from ones. What is known by heart, sums of digits and
+A sum is worked as one does it in the head, ones apart from tens. What is known by heart, sums of digits and
 products, is practised by 2,500 more records without a story. Two kinds of problem are held out, and the
 label tells them apart: 'new numbers' no training problem has together, and a 'new template', a story in words
 that no training problem has, for operations that are trained.
@@ -75,10 +75,10 @@ KINDS = [
       '{a} [children|friends] have {b} {things} each, their teacher has {c}.',
       '{name} puts {a} {things} into each of {b} [boxes|drawers] and has {c} left over.',
       'In {a} rows stand {b} {things} each, and {c} more lie on the floor.',
-      '{a} shops sell {b} {things} each, and {name} sells {c}.',
+      'Every one of {a} shops sells {b} {things}. {name} sells {c}.',
       '{name} packs {a} [boxes|bags] with {b} {things} each and keeps {c}.',
       'On each of {a} [desks|shelves] are {b} {things}, and {c} are in the garden.',
-      '{a} times {name} brings {b} {things}, then {friend} brings {c}.',
+      '{a} times {name} brings {b} {things}. Then {friend} brings {c} more.',
       'Each of {a} drawers holds {b} {things}. {friend} brings {c} more.'],
      IN_ALL, ['first: {a} * {b}', 'all: {r1} + {c}'], dict(a=(2, 10), b=(2, 10), c=(2, 30))),
     (['{name} has {a} {things}, {friend} has {b} more than {name}.',
@@ -136,14 +136,14 @@ CALCULATE = {'+': int.__add__, '-': int.__sub__, '*': int.__mul__}
 
 
 def worked(x, op, y):
-    """How a sum is done in the head, tens apart from ones: '47+25=40+20+7+5=60+12=72', and borrowing
-    '63-28=50-20+13-8=30+5=35'. A product, or a sum of two digits, is known: '7*8=56'."""
+    """How a sum is done in the head, ones before tens: '47+25: 7+5=12, 40+20=60, 72', and with a ten borrowed
+    '63-28: 13-8=5, 50-20=30, 35'. A product, or a sum of two digits, is known: '7*8=56'."""
     result = CALCULATE[op](x, y)
     if op == '*' or max(x, y) < 10:
         return f"{x}{op}{y}={result}"
-    ones = x % 10 + 10 * (op == '-' and x % 10 < y % 10)
-    tens, pair = CALCULATE[op](x - ones, y // 10 * 10), f"{ones}{op}{y % 10}"
-    return f"{x}{op}{y}={x - ones}{op}{y // 10 * 10}+{pair}={tens}+{result - tens}={result}"
+    ones, last = x % 10 + 10 * (op == '-' and x % 10 < y % 10), y % 10
+    tens = CALCULATE[op](x - ones, y - last)
+    return f"{x}{op}{y}: {ones}{op}{last}={result - tens}, {x - ones}{op}{y - last}={tens}, {result}"
 
 
 def conversation(question, answer, **more):

@@ -135,10 +135,10 @@ def test_every_reason_answer_checks_and_nothing_held_out_was_trained():
     for record in reason.problems(count=3000):
         question, answer = (message['content'] for message in record['conversations'])
         thought = answer.split('<think>\n')[1].split('\n</think>')[0]
-        steps = [step.split(': ')[1] for step in thought.split('\n')]
-        for step in steps:
-            *sums, right = step.split('=')
-            assert {eval(left) for left in sums} == {int(right)} and int(right) > 0, step
+        for step in thought.split('\n'):
+            asked, *parts, right = re.split('=|: |, ', step.partition(': ')[2])
+            assert eval(asked) == int(right) > 0 and all(map(
+                lambda left, result: eval(left) == int(result), parts[::2], parts[1::2])), step
         assert parse_answer(answer) == right
         # the numbers of a problem, and its story without names, things and numbers
         found = (tuple(sorted(re.findall(r'\d+', question))), re.sub(
@@ -157,11 +157,11 @@ def test_every_reason_answer_checks_and_nothing_held_out_was_trained():
 
 
 @pytest.mark.parametrize('steps', [
-    '47+25=40+20+7+5=60+12=72', '63-28=50-20+13-8=30+5=35', '67-25=60-20+7-5=40+2=42',
-    '100+30=100+30+0+0=130+0=130', '98+7=90+0+8+7=90+15=105', '43-8=30-0+13-8=30+5=35', '7+5=12',
+    '47+25: 7+5=12, 40+20=60, 72', '63-28: 13-8=5, 50-20=30, 35', '67-25: 7-5=2, 60-20=40, 42',
+    '100+30: 0+0=0, 100+30=130, 130', '98+7: 8+7=15, 90+0=90, 105', '43-8: 13-8=5, 30-0=30, 35', '7+5=12',
     '12*12=144'])
 def test_sums_are_done_in_the_head(steps):
-    x, op, y = re.fullmatch(r'(\d+)(.)(\d+)', steps.partition('=')[0]).groups()
+    x, op, y = re.match(r'(\d+)(.)(\d+)', steps).groups()
     assert data_script('reason').worked(int(x), op, int(y)) == steps
 
 
