@@ -196,7 +196,7 @@ def tables(count=2500):
 
 def taught(path):
     """Records for a student from what a teacher answers, as sample.py prints it: right answers, each once;
-    and the problems held out."""
+    the tables; and the problems held out."""
     real = list(problems())
     results = {question['content']: answer['content'].partition('</think>')[2]
                for question, answer in (record['conversations'] for record in real)}
@@ -207,7 +207,7 @@ def taught(path):
     if not right:
         raise ValueError(f"{path} holds no right answer to a problem of this set")
     print(f"{len(right):,} of {len(pairs):,} different answers are right")
-    return right + [record for record in real if record['split'] == 'val']
+    return [*right, *tables(), *(record for record in real if record['split'] == 'val')]
 
 
 def write(name, lines):

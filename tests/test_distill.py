@@ -182,7 +182,7 @@ def test_a_student_is_taught_the_right_answers_of_a_teacher(tmp_path):
         asked, asked, [asked[0], wrong], [asked[0], 'so'], [others[0], asked[1]], ['Who?', asked[1]])))
     first, *rest = reason.taught(tmp_path / 'a.txt')
     assert first == reason.conversation(*asked, split='train')
-    assert rest == [record for record in records if record['split'] == 'val']
+    assert rest == [*reason.tables(), *(record for record in records if record['split'] == 'val')]
     (tmp_path / 'b.txt').write_text('so\n')
     with pytest.raises(ValueError, match='no right answer'):
         reason.taught(tmp_path / 'b.txt')
