@@ -58,7 +58,8 @@ poems() {
     run prepare.py --input=data/raw/poems_taught.jsonl --tokenizer="$out/tokenizer"
     for how in "student $out/sft poems_sft" "alone '' poems_sft" "taught '' poems_taught"; do
         set -- $how
-        run distill.py --teacher="${2//\'/}" --dataset="$3" --max_iters=120 --report_size=0 --out_dir="$out/$1"
+        run distill.py --teacher="${2//\'/}" --dataset="$3" --max_iters=120 --batch_size=16 --report_size=0 \
+            --out_dir="$out/$1"
         obey "$out/$1"
     done
     run data/poems_page.py "$out"
