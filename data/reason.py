@@ -1,8 +1,7 @@
 r"""
 The built-in set of arithmetic word problems with a worked solution (tutorial chapter II-12).
 
-    python data/reason.py           # no network; less than a second
-    python data/reason.py --taught=answers.txt      # what a teacher answers to data/raw/reason_questions.txt
+    python data/reason.py           # no network; a second
 
 writes 12,000 records into data/raw/reason.jsonl, such as
 
@@ -15,6 +14,13 @@ A sum is worked as one does it in the head, ones apart from tens. What is known 
 products, is practised by 2,500 more records without a story. Two kinds of problem are held out, and the
 label tells them apart: 'new numbers' no training problem has together, and a 'new template', a story in words
 that no training problem has, for operations that are trained.
+
+A student can also learn from the answers of a teacher alone, out/reason, to questions of training problems:
+
+    python sample.py --out_dir=out/reason --chat --num_samples=2 < data/raw/reason_questions.txt > answers.txt
+    python data/reason.py --taught=answers.txt      # keeps the right ones -> data/raw/reason_taught.jsonl
+    python prepare.py --input=data/raw/reason_taught.jsonl --tokenizer=out/reason
+    python distill.py --teacher= --dataset=reason_taught --max_new_tokens=100
 """
 import hashlib
 import json
