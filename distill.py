@@ -35,9 +35,9 @@ from train_tokenizer import load_tokenizer
 out_dir = 'out/distill'         # where checkpoint, tokenizer, metrics, picture and report go
 init_from = 'scratch'           # the student: 'scratch', 'resume', or a run's or Hugging Face folder
 teacher = 'out/sft'             # a run's or Hugging Face folder; '' is black box: the data's answers alone
-max_iters = 200                 # optimizer steps
+max_iters = 800                 # optimizer steps
 epochs = 0.0                    # passes over the data instead of max_iters; 0 takes max_iters
-eval_interval = 50              # save and measure the held-out loss every so many steps
+eval_interval = 200             # save and measure the held-out loss every so many steps
 always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 50                 # batches of held-out conversations to measure on, at most
 log_interval = 10               # print a line every so many steps
@@ -48,7 +48,7 @@ wandb_log = False               # log to Weights & Biases too
 # the data
 dataset = 'pydoc_sft'           # name in data/, or a path; a built-in one is prepared when missing
 layout = 'packed'               # 'packed', 'bucketed' or 'padded', as in sft.py
-batch_size = 16                 # rows in a micro-batch
+batch_size = 4                  # rows in a micro-batch: many small steps teach a small student most
 gradient_accumulation_steps = 1 # micro-batches in a step, over all ranks together
 block_size = 256                # tokens in a row; what is longer is cut
 # the student, from scratch: a MiniMind with qk_norm
@@ -161,9 +161,9 @@ def write_reasoning(out_dir, model, tokenizer, split, docs, size, max_new_tokens
     for entry in list(report.values())[:3]:
         print('    | ' + (entry['prompt'] + entry['answer']).replace('\n', '\n    | '))
     for name, members in {**groups, 'all': docs}.items():
-        some = [report[doc] for doc in members if doc in report]
-        formed, right = (sum(entry[key] for entry in some) / max(1, len(some))
-                         for key in ('well_formed', 'right'))
+        if not (some := [report[doc] for doc in members if doc in report]):
+            continue
+        formed, right = (sum(entry[key] for entry in some) / len(some) for key in ('well_formed', 'right'))
         print(f"{name:13} {len(some):5,} problems  well-formed {formed:6.1%}  right {right:6.1%}")
 
 

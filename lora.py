@@ -46,7 +46,7 @@ always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-
 eval_iters = 50                 # batches of held-out conversations to measure on, at most
 log_interval = 10               # print a line every so many steps
 report_size = 48                # held-out conversations to answer for report.json, at the end
-max_new_tokens = 80             # longest answer in it, in tokens
+max_new_tokens = 100            # longest answer in it, in tokens
 seed = 1337                     # of A, the order of the data, dropout
 wandb_log = False               # log to Weights & Biases too
 # instead of training

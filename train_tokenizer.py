@@ -312,12 +312,13 @@ def text_parts(file, size=1 << 16):
 # ---- training ----
 
 def train_bpe(texts, vocab_size, split_han=False):
-    """Byte-level BPE from an iterator of texts; a `tokenizers` backend of at most vocab_size tokens. With
-    split_han each Chinese character is a word of its own, within which bytes are merged."""
+    """Byte-level BPE from an iterator of texts: a `tokenizers` backend of up to vocab_size tokens. Each digit
+    is one, as in SmolLM and Qwen: sums can be done digit by digit. With split_han each Chinese character is a
+    word of its own, within which bytes are merged."""
     backend = byte_level_bpe({}, [], [])
-    if split_han:
-        han = pre_tokenizers.Split(tokenizers.Regex(r'\p{Han}'), 'isolated')
-        backend.pre_tokenizer = pre_tokenizers.Sequence([han, backend.pre_tokenizer])
+    han = [pre_tokenizers.Split(tokenizers.Regex(r'\p{Han}'), 'isolated')] * split_han
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*han, digits, backend.pre_tokenizer])
     # the alphabet is all 256 bytes, whatever the corpus holds
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import HERE, draw, fail, has_matplotlib, make_folder  # noqa: E402
-from model_gpt2 import plain_gelu, sinusoidal_positions  # noqa: E402
+from model_gpt2 import plain_gelu  # noqa: E402
 from model_minimind import MiniMindConfig, apply_rope, plain_attention, rope_table  # noqa: E402
 from sample import distribution, evaluating, load_run, token_label  # noqa: E402
 

@@ -40,7 +40,7 @@ default() {
     stage "loss of answers" val_loss out/sft sft.py
     stage "pairs told apart" val_accuracy out/dpo dpo.py
     stage "loss of answers" val_loss out/lora lora.py
-    stage "loss of answers" val_loss out/distill distill.py --max_iters=120
+    stage "loss of answers" val_loss out/distill distill.py
     stage "loss of answers" val_loss out/reason distill.py config/reason.py
     echo "Which word comes next?" | run sample.py --out_dir=out/dpo --chat
     rm out/stage.log
@@ -92,7 +92,8 @@ poems() {
     run prepare.py --input=data/raw/poems_taught.jsonl --tokenizer="$out/tokenizer"
     for how in "student $out/sft poems_sft" "alone '' poems_sft" "taught '' poems_taught"; do
         set -- $how
-        run distill.py --teacher="${2//\'/}" --dataset="$3" --max_iters=120 --report_size=0 --out_dir="$out/$1"
+        run distill.py --teacher="${2//\'/}" --dataset="$3" --max_iters=120 --batch_size=16 --report_size=0 \
+            --out_dir="$out/$1"
         obey "$out/$1" poems
     done
     run data/poems_page.py "$out"

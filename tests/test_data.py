@@ -344,7 +344,7 @@ def test_a_built_in_set_is_a_file_that_is_written_once(script, tmp_path, tokeniz
     first, second = (script(copy / 'prepare.py', *options, env=ascii).stdout for _ in range(2))
     assert '$ python data/reason.py' in first and '$ python' not in second
     raw = copy / 'data' / 'raw'
-    assert [path.name for path in raw.iterdir()] == ['reason.jsonl']
+    assert {path.name for path in raw.iterdir()} == {'reason.jsonl', 'reason_questions.txt'}
     records = [json.loads(line) for line in (raw / 'reason.jsonl').read_text().splitlines()]
     val, meta = read_split(str(tmp_path / 'reason'), 'val'), read_meta(str(tmp_path / 'reason'), 'sft')
     assert [meta['labels'][i] for i in val.labels] == [r['label'] for r in records if r['split'] == 'val']

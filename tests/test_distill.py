@@ -132,17 +132,17 @@ def test_cross_entropy_part_is_unweighted(batch):
 def test_every_reason_answer_checks_and_nothing_held_out_was_trained():
     reason = data_script('reason')
     trained, held_out = [], []
-    for record in reason.problems(count=1500):
+    for record in reason.problems(count=3000):
         question, answer = (message['content'] for message in record['conversations'])
         thought = answer.split('<think>\n')[1].split('\n</think>')[0]
-        steps = [step.split(': ')[1] for step in thought.split('\n')]
-        for step in steps:
-            left, right = step.split(' = ')
-            assert eval(left) == int(right) > 0, step
+        for step in thought.split('\n'):
+            asked, *parts, right = re.split('=|: |, ', step.partition(': ')[2])
+            assert eval(asked) == int(right) > 0 and all(map(
+                lambda left, result: eval(left) == int(result), parts[::2], parts[1::2])), step
         assert parse_answer(answer) == right
-        # the numbers of a problem in their order, and its words without names, things and numbers
-        found = (tuple(re.findall(r'\d+', question)), re.sub(
-            '|'.join([r'\d+', *reason.NAMES, *reason.THINGS]), '_', question))
+        # the numbers of a problem, and its story without names, things and numbers
+        found = (tuple(sorted(re.findall(r'\d+', question))), re.sub(
+            '|'.join([r'\d+', *reason.NAMES, *reason.THINGS]), '_', question.partition(' How many')[0]))
         assert set(found[0]) <= set(re.findall(r'\d+', answer))
         (trained if record['split'] == 'train' else held_out).append((record['label'], found))
     combinations = {key for _, (key, _) in trained}
@@ -152,7 +152,40 @@ def test_every_reason_answer_checks_and_nothing_held_out_was_trained():
     for label, (combination, template) in held_out:
         assert (template in templates) == (label == 'new numbers')
         assert label == 'new template' or combination not in combinations
-    assert len(templates) == len(reason.TEMPLATES)
+    new = {key for label, (_, key) in held_out if label == 'new template'}
+    assert len(new) == len(reason.KINDS) and len(templates) > 10 * len(new)
+
+
+@pytest.mark.parametrize('steps', [
+    '47+25: 7+5=12, 40+20=60, 72', '63-28: 13-8=5, 50-20=30, 35', '67-25: 7-5=2, 60-20=40, 42',
+    '100+30: 0+0=0, 100+30=130, 130', '98+7: 8+7=15, 90+0=90, 105', '43-8: 13-8=5, 30-0=30, 35', '7+5=12',
+    '12*12=144'])
+def test_sums_are_done_in_the_head(steps):
+    x, op, y = re.match(r'(\d+)(.)(\d+)', steps).groups()
+    assert data_script('reason').worked(int(x), op, int(y)) == steps
+
+
+def test_tables_are_right_and_of_what_the_steps_take_as_known():
+    for record in data_script('reason').tables(count=50):
+        asked, known = (message['content'] for message in record['conversations'])
+        assert [line.split('=')[0] for line in known.split('\n')] == asked.split(', ')
+        for line in known.split('\n'):
+            assert re.fullmatch(r'(\d\+\d|1?\d-\d|1?\d\*1?\d)=\d+', line) and eval(line.replace('=', '=='))
+
+
+def test_a_student_is_taught_the_right_answers_of_a_teacher(tmp_path):
+    reason, line = data_script('reason'), '-' * 40 + '\n'
+    records = list(reason.problems())
+    asked, others = ([message['content'] for message in record['conversations']] for record in records[:2])
+    wrong = asked[1].replace('</answer>', '0</answer>')
+    (tmp_path / 'a.txt').write_text(''.join('\n'.join(pair) + '\n' + line for pair in (
+        asked, asked, [asked[0], wrong], [asked[0], 'so'], [others[0], asked[1]], ['Who?', asked[1]])))
+    first, *rest = reason.taught(tmp_path / 'a.txt')
+    assert first == reason.conversation(*asked, split='train')
+    assert rest == [*reason.tables(), *(record for record in records if record['split'] == 'val')]
+    (tmp_path / 'b.txt').write_text('so\n')
+    with pytest.raises(ValueError, match='no right answer'):
+        reason.taught(tmp_path / 'b.txt')
 
 
 # ---- the run ----

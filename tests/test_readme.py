@@ -110,7 +110,7 @@ def test_the_road_is_walked_by_one_command(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = (copy / 'out' / 'road.md').read_text().splitlines()[2:]
     assert [re.search('`python (.*?)`', row)[1] for row in rows] == [
-        'pretrain.py', 'finetune_cls.py', 'sft.py', 'dpo.py', 'lora.py', 'distill.py --max_iters=120',
+        'pretrain.py', 'finetune_cls.py', 'sft.py', 'dpo.py', 'lora.py', 'distill.py',
         'distill.py config/reason.py']
     assert all(re.search(r'\| \d+\.\d{3} \| \d+\.\d{3} \|', row) for row in rows)
 

@@ -41,6 +41,11 @@ def test_frequent_words_become_one_token(tokenizer):
     assert len(tokenizer.encode(' zebra')) == len(' zebra')
 
 
+def test_each_digit_is_a_token():
+    backend = train_bpe(['1984 and 1984 and 19841984'] * 5, 350)
+    assert backend.encode('in 1984, 47').tokens[-8:] == ['1', '9', '8', '4', ',', 'Ġ', '4', '7']
+
+
 def test_transformers_loads_the_folder_and_agrees(tokenizer, tokenizer_folder):
     transformers = pytest.importorskip('transformers')
     theirs = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -117,7 +122,7 @@ def test_nothing_in_the_file_but_text_to_ids_acts(tokenizer, edited, setting):
 def test_what_changes_ids_changes_the_fingerprint(tokenizer, edited):
     upper = edited(lambda state: state.update(normalizer=dict(type='Lowercase')))
     assert upper.encode('A') == tokenizer.encode('a') and upper.fingerprint != tokenizer.fingerprint
-    spaced = edited(lambda state: state['pre_tokenizer'].update(add_prefix_space=True))
+    spaced = edited(lambda state: state['pre_tokenizer']['pretokenizers'][-1].update(add_prefix_space=True))
     assert spaced.encode('a') == tokenizer.encode(' a') and spaced.fingerprint != tokenizer.fingerprint
 
 
