@@ -214,8 +214,8 @@ class Attention(nn.Module):
         q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                          # (B, H_kv, S, D), S = past + T
-        if T == 1:      # a group's queries see the same keys, which are then read once: (B, H_kv, H / H_kv, D)
-            q = q.view(B, k.size(1), -1, self.head_dim)
+        if T == 1:      # the queries of a group see the same keys: as its rows they read them once
+            q = q.view(B, k.size(1), -1, self.head_dim)                    # (B, H_kv, H / H_kv, D)
         # plain_attention, in a kernel that never stores the scores
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0, enable_gqa=True)
