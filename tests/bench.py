@@ -47,7 +47,8 @@ import sample  # noqa: E402  (the line above makes it importable)
 from configurator import start_run  # noqa: E402
 from dpo import answer_log_probs, batch_at, dpo_loss  # noqa: E402
 from prepare import read_pieces, read_split, write_data  # noqa: E402
-from pretrain import flops_per_token, make_optimizers, new_model, target_positions  # noqa: E402
+from pretrain import (flops_per_token, make_optimizers, new_model, target_positions,  # noqa: E402
+                      to_device)
 from sft import Rows, learnable  # noqa: E402
 from train_tokenizer import Tokenizer, train_bpe  # noqa: E402
 
@@ -282,11 +283,11 @@ def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND, device='cpu'):
 
 
 GPU = dict(train=dict(rows=(16, 64), length=(1024, 512), rounds=10, gpt=GPT2_SMALL),
-           moe=dict(rows=64, rounds=10), decode=dict(rounds=5))
+           moe=dict(rows=64, rounds=10), sft=dict(rows=64, rounds=10), decode=dict(rounds=5))
 
 
 def gpu(device='cuda', rows=GPU):
-    """Steps of GPT-2 124M and MiniMind, of a mixture, and decoding, on one GPU."""
+    """Steps of GPT-2 124M and MiniMind, of a mixture, packed rows, and decoding, on one GPU."""
     for name, sizes in rows.items():
         ROWS[name](**sizes, device=device)
 
@@ -358,7 +359,7 @@ def prepared(folder, kind):
     return read_split(f'{folder}/data', 'train')
 
 
-def sft(rows=4, length=512, rounds=3, mini=MINIMIND):
+def sft(rows=4, length=512, rounds=3, mini=MINIMIND, device='cpu'):
     """Tokens of conversations per second, padding not counted."""
     with tempfile.TemporaryDirectory() as folder:
         split = prepared(folder, 'pydoc_sft')
@@ -366,7 +367,7 @@ def sft(rows=4, length=512, rounds=3, mini=MINIMIND):
         for layout in ('packed', 'padded'):
             its = Rows(split, docs, length, layout)
             tokens[layout] = its.tokens([docs]) / len(its.rows) * rows              # of a step, on average
-            x, y, segments = its.batch(its.read(0, rows))
+            x, y, segments = to_device(its.batch(its.read(0, rows)), torch.device(device))
             steps[layout] = our_step(our_model(vocab_size=6400, block_size=length, **mini), x, y, 'muon',
                                      segments=segments)
         times = {name: [t / tokens[name] for t in found] for name, found in pairs(rounds, steps).items()}

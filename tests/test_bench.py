@@ -20,7 +20,7 @@ TINY = dict(
     dpo=dict(count=2, length=64, rounds=1, mini=MINI),
     prepare=dict(size=2_000_000, rounds=1),
     start=dict(rounds=1))
-TINY['gpu'] = dict(device='cpu', rows={row: TINY[row] for row in ('train', 'moe', 'decode')})
+TINY['gpu'] = dict(device='cpu', rows={row: TINY[row] for row in bench.GPU})
 
 
 @pytest.mark.parametrize('row', bench.ROWS)
