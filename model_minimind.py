@@ -243,10 +243,16 @@ class Attention(nn.Module):
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                          # (B, H_kv, S, D), S = past + T
+        if T == 1:      # the queries of a group see the same keys: as its rows they read them once
+            q = q.view(B, k.size(1), -1, self.head_dim)                    # (B, H_kv, H / H_kv, D)
+        elif not q.is_cpu and (allowed is not None or q.dtype == torch.float32):
+            # a GPU's kernel for masks or float32 knows no groups; without it all scores would be stored
+            k, v = (part.repeat_interleave(q.size(1) // k.size(1), dim=1) for part in (k, v))
         # plain_attention, in a kernel that never stores the scores
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))            # (B, H, T, D) -> (B, T, C)
+        y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)       # (B, T, H D)
+        return self.o_proj(y)                                              # (B, H, T, D) -> (B, T, C)
 
 
 class FeedForward(nn.Module):

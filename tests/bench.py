@@ -2,6 +2,7 @@
 
     python tests/bench.py                                   # all rows, about ten minutes on two cores
     python tests/bench.py train decode --nanogpt=../nanoGPT --minimind=../minimind
+    python tests/bench.py gpu --nanogpt=../nanoGPT          # a GPU's sizes, compiled
 
 A peer takes part where its folder is given, or where it is installed (transformers). What is compared takes
 turns in one process, so that it meets the same machine; the first turn warms up and is not counted. A line is
@@ -46,7 +47,8 @@ import sample  # noqa: E402  (the line above makes it importable)
 from configurator import start_run  # noqa: E402
 from dpo import answer_log_probs, batch_at, dpo_loss  # noqa: E402
 from prepare import read_pieces, read_split, write_data  # noqa: E402
-from pretrain import flops_per_token, make_optimizers, new_model, target_positions  # noqa: E402
+from pretrain import (flops_per_token, make_optimizers, new_model, target_positions,  # noqa: E402
+                      to_device)
 from sft import Rows, learnable  # noqa: E402
 from train_tokenizer import Tokenizer, train_bpe  # noqa: E402
 
@@ -67,6 +69,8 @@ def pairs(rounds, calls):
         for name, call in calls.items():
             began = time.perf_counter()
             call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if turn:
                 times[name].append(time.perf_counter() - began)
     return times
@@ -84,15 +88,16 @@ def show(what, ours, peer=(), name='', amount=0, unit='ms', limit=0):
           flush=True)
 
 
-def matmul_rate(dtype, n=2048):
+def matmul_rate(dtype, device='cpu'):
     """Floating-point operations per second of the product of two (n, n) matrices."""
-    a = torch.randn(n, n).to(dtype)
+    n = 2048 if device == 'cpu' else 8192
+    a = torch.randn(n, n, device=device).to(dtype)
     return 2 * n ** 3 / min(pairs(5, dict(product=lambda: a @ a))['product'])
 
 
-def copy_rate(size=1 << 28):
+def copy_rate(device='cpu', size=1 << 28):
     """Bytes per second that are read while a large block is copied."""
-    a, b = torch.ones(2, size, dtype=torch.uint8)
+    a, b = torch.ones(2, size, dtype=torch.uint8, device=device)
     return size / min(pairs(5, dict(copy=lambda: b.copy_(a)))['copy'])
 
 
@@ -127,17 +132,21 @@ class Step:
     """A step of training, to be called. spent: the seconds of its optimizers in each."""
 
     def __init__(self, model, loss, optimizers, dtype='float32'):
-        """loss: a function of nothing, under autocast in that dtype."""
-        self.model, self.loss, self.optimizers, self.dtype, self.spent = model, loss, optimizers, dtype, []
+        """loss: a function of nothing, under autocast in that dtype. On a GPU the model is compiled."""
+        self.model, self.loss, self.optimizers, self.spent = model, loss, optimizers, []
+        device = next(model.parameters()).device.type
+        self.autocast = lambda: torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32')
+        if device == 'cuda':
+            model.compile()
 
     def __call__(self):
-        with torch.autocast('cpu', getattr(torch, self.dtype), enabled=self.dtype != 'float32'):
+        with self.autocast():
             loss = self.loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         began = time.perf_counter()
         for optimizer in self.optimizers:
-            with torch.autocast('cpu', getattr(torch, self.dtype), enabled=self.dtype != 'float32'):
+            with self.autocast():
                 optimizer.step()
         self.spent.append(time.perf_counter() - began)
         for optimizer in self.optimizers:
@@ -145,14 +154,16 @@ class Step:
 
 
 def our_step(model, x, y, optimizer='adamw', segments=None):
+    model = model.to(x.device)
     return Step(model, lambda: model(x, y, segments=segments)[1] + model.auxiliary_loss(y != -100),
-                make_optimizers(model, optimizer, 1e-4, 0.1), our_dtype())
+                make_optimizers(model, optimizer, 1e-4, 0.1), our_dtype(x.device.type))
 
 
 def peer_step(model, x, y, dtype='float32'):
+    model = model.to(x.device)
     if hasattr(model, 'configure_optimizers'):                              # nanoGPT's
         with redirect_stdout(sys.stderr):
-            optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'cpu')
+            optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), x.device.type)
         return Step(model, lambda: model(x, y)[1], [optimizer], dtype)
 
     def loss():
@@ -161,43 +172,46 @@ def peer_step(model, x, y, dtype='float32'):
     return Step(model, loss, [torch.optim.AdamW(model.parameters(), lr=1e-4)], dtype)
 
 
-def our_dtype():
+def our_dtype(device='cpu'):
     """What --dtype=auto is on this machine."""
-    return str(start_run('cpu').dtype).removeprefix('torch.')
+    return str(start_run(device).dtype).removeprefix('torch.')
 
 
 # ---- the rows ----
 
-def compare_steps(what, folder, rows, length, rounds, vocab_size, **sizes):
+def compare_steps(what, folder, rows, length, rounds, vocab_size, device, **sizes):
     """A line per optimizer of ours and per dtype of the peer: float32, as its scripts run on a CPU, and
     bfloat16 by autocast, which they do not offer there."""
-    x, y = torch.randint(vocab_size, (2, rows, length))
+    x, y = torch.randint(vocab_size, (2, rows, length), device=device)
+    dtypes = ('float32', 'bfloat16') if device == 'cpu' else ('bfloat16',)
     models = [our_model(vocab_size=vocab_size, block_size=length, **sizes) for _ in range(2)]
     steps = {name: our_step(model, x, y, name) for name, model in zip(('adamw', 'muon'), models)}
     if folder:
         steps.update({dtype: peer_step(peer_model(folder, models[0]), x, y, dtype)
-                      for dtype in ('float32', 'bfloat16')})
+                      for dtype in dtypes})
     times = pairs(rounds, steps)
-    limit = flops_per_token(models[0], length) * rows * length / matmul_rate(getattr(torch, our_dtype()))
+    rate = matmul_rate(getattr(torch, our_dtype(device)), device)
+    limit = flops_per_token(models[0], length) * rows * length / rate
     for name in ('adamw', 'muon'):
         share = min(steps[name].spent) / min(times[name])
-        for peer in ('float32', 'bfloat16') if folder else ('',):
+        for peer in dtypes if folder else ('',):
             show(f"{what}, {name} ({share:.0%} of it)", times[name], times.get(peer, ()),
                  f"{os.path.basename(folder)} {peer}", limit=limit)
 
 
-def train(rows=(12, 4), length=(256, 512), rounds=3, gpt=GPT, mini=MINIMIND):
+def train(rows=(12, 4), length=(256, 512), rounds=3, gpt=GPT, mini=MINIMIND, device='cpu'):
     """Milliseconds of a step, and what part of it the optimizer is."""
     for vocab_size in (50304, 6400):
         what = "GPT {n_layer} x {n_embd}, vocabulary".format(**gpt)
-        compare_steps(f"{what} {vocab_size}", PEERS['nanogpt'], rows[0], length[0], rounds, vocab_size, **gpt)
+        compare_steps(f"{what} {vocab_size}", PEERS['nanogpt'], rows[0], length[0], rounds, vocab_size,
+                      device, **gpt)
     what = "MiniMind {n_layer} x {n_embd}".format(**mini)
-    compare_steps(what, PEERS['minimind'], rows[1], length[1], rounds, 6400, **mini)
+    compare_steps(what, PEERS['minimind'], rows[1], length[1], rounds, 6400, device, **mini)
 
 
-def moe(rows=4, length=512, rounds=3, dense=MINIMIND, mixture=MIXTURE):
+def moe(rows=4, length=512, rounds=3, dense=MINIMIND, mixture=MIXTURE, device='cpu'):
     """A mixture beside a dense model of the same active size, and beside MiniMind's mixture."""
-    x, y = torch.randint(6400, (2, rows, length))
+    x, y = torch.randint(6400, (2, rows, length), device=device)
     ours, plain = (our_model(vocab_size=6400, block_size=length, **sizes) for sizes in (mixture, dense))
     steps = dict(ours=our_step(ours, x, y), dense=our_step(plain, x, y))
     if minimind := PEERS['minimind']:
@@ -234,7 +248,7 @@ def peak_of(folder, rows, length, vocab_size, gpt):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
-def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND):
+def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND, device='cpu'):
     """Tokens per second of one stream and of 16 rows, and the first token after a long prompt."""
     model, peers = our_model(vocab_size=6400, block_size=prompt + new, **mini).eval(), {}
     if importlib.util.find_spec('transformers'):
@@ -246,23 +260,36 @@ def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND):
         peers['minimind'] = peer_model(minimind, model)
     size = sum(p.numel() for p in model.parameters())
     for kind, width in dict(float32=4, bfloat16=2, int8=1).items():
+        if kind == 'int8' and device != 'cpu':
+            continue
         dtype = getattr(torch, kind) if kind != 'int8' else torch.bfloat16      # which the peers take
-        ours = sample.for_decoding(copy.deepcopy(model), dtype, kind == 'int8')
+        ours = sample.for_decoding(copy.deepcopy(model).to(device), dtype, kind == 'int8')
         for rows, length, n in ((1, 16, new), (16, 16, new), (1, prompt, 1)):
-            x = torch.randint(3, 6400, (rows, length))
+            x = torch.randint(3, 6400, (rows, length), device=device)
             calls = dict(ours=lambda ours=ours, x=x, n=n: list(sample.generate(ours, x, n, temperature=0)))
             for name, peer in peers.items():
                 how = dict(eos_token_id=None) if name == 'minimind' else dict(min_new_tokens=n)
                 calls[name] = functools.partial(
-                    peer.to(dtype).eval().generate, x, attention_mask=torch.ones_like(x), max_new_tokens=n,
-                    do_sample=False, **how)
+                    peer.to(device, dtype).eval().generate, x, attention_mask=torch.ones_like(x),
+                    max_new_tokens=n, do_sample=False, **how)
             times = pairs(rounds, calls)
             what = f"{kind}, {rows} rows" if n > 1 else f"{kind}, first token after {length:,}"
-            limit = 2 * size * length / matmul_rate(dtype) if n == 1 else n * size * width / copy_rate()
+            limit = (2 * size * length / matmul_rate(dtype, device) if n == 1 else
+                     n * size * width / copy_rate(device))
             amount = dict(amount=rows * n, unit='tokens/s') if n > 1 else {}
             for name in list(peers) or ['']:
                 show(what, times['ours'], times.get(name, ()), f"{name} {str(dtype)[6:]}", limit=limit,
                      **amount)
+
+
+GPU = dict(train=dict(rows=(16, 64), length=(1024, 512), rounds=10, gpt=GPT2_SMALL),
+           moe=dict(rows=64, rounds=10), sft=dict(rows=64, rounds=10), decode=dict(rounds=5))
+
+
+def gpu(device='cuda', rows=GPU):
+    """Steps of GPT-2 124M and MiniMind, of a mixture, packed rows, and decoding, on one GPU."""
+    for name, sizes in rows.items():
+        ROWS[name](**sizes, device=device)
 
 
 def loss(steps=500, characters=1_100_000, nanogpt_steps=2000):
@@ -332,7 +359,7 @@ def prepared(folder, kind):
     return read_split(f'{folder}/data', 'train')
 
 
-def sft(rows=4, length=512, rounds=3, mini=MINIMIND):
+def sft(rows=4, length=512, rounds=3, mini=MINIMIND, device='cpu'):
     """Tokens of conversations per second, padding not counted."""
     with tempfile.TemporaryDirectory() as folder:
         split = prepared(folder, 'pydoc_sft')
@@ -340,7 +367,7 @@ def sft(rows=4, length=512, rounds=3, mini=MINIMIND):
         for layout in ('packed', 'padded'):
             its = Rows(split, docs, length, layout)
             tokens[layout] = its.tokens([docs]) / len(its.rows) * rows              # of a step, on average
-            x, y, segments = its.batch(its.read(0, rows))
+            x, y, segments = to_device(its.batch(its.read(0, rows)), torch.device(device))
             steps[layout] = our_step(our_model(vocab_size=6400, block_size=length, **mini), x, y, 'muon',
                                      segments=segments)
         times = {name: [t / tokens[name] for t in found] for name, found in pairs(rounds, steps).items()}
@@ -415,7 +442,7 @@ def start(rounds=5):
 
 
 ROWS = dict(train=train, moe=moe, memory=memory, decode=decode, loss=loss, sft=sft, dpo=dpo, prepare=prepare,
-            start=start)
+            start=start, gpu=gpu)
 
 
 def main():
@@ -430,11 +457,14 @@ def main():
         PEERS[name] = folder = getattr(options, name) and os.path.abspath(getattr(options, name))
         if folder and not os.path.isfile(os.path.join(folder, file)):
             parser.exit(2, f"bench.py: --{name}={folder} holds no {file}\n")
+    if 'gpu' in options.rows and not torch.cuda.is_available():
+        parser.exit(2, "bench.py: torch sees no GPU for the row gpu: leave it out\n")
     if len(options.rows) == 1:
         return ROWS[options.rows[0]]()
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {our_dtype()}",
           flush=True)
-    for row in options.rows or ROWS:                    # each in a process of its own, with memory of its own
+    there = [row for row in ROWS if row != 'gpu' or torch.cuda.is_available()]
+    for row in options.rows or there:                   # each in a process of its own, with memory of its own
         print(f"\n{row}: {ROWS[row].__doc__}", flush=True)
         subprocess.run([sys.executable, __file__, row, *(f'--{name}={PEERS[name]}' for name in PEERS)],
                        check=True)

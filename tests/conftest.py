@@ -64,6 +64,7 @@ def script(tmp_path, monkeypatch):
             done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
         assert done.returncode == code, f"{name} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         assert 'Traceback' not in done.stderr or restarts       # the ranks that lost one print theirs
+        assert f" is in {ROOT / 'out'}" not in done.stdout, 'a test without --out_dir writes over a real run'
         if code == 2:
             assert len(done.stderr.splitlines()) == 1, done.stderr
         return done

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import HERE, draw, fail, has_matplotlib, make_folder  # noqa: E402
 from model_gpt2 import plain_gelu  # noqa: E402
-from model_minimind import MiniMindConfig, apply_rope, plain_attention, rope_table  # noqa: E402
+from model_minimind import (MiniMindConfig, apply_rope, plain_attention, rope_table,  # noqa: E402
+                            sinusoidal_positions)
 from sample import distribution, evaluating, load_run, token_label  # noqa: E402
 
 # the nine words of chapter I-6, and their logits behind "every effort moves you"

@@ -1,10 +1,12 @@
 """bench.py: each row, at a size that takes a second. What it measures is not looked at, only that it does."""
 import itertools
 import re
+import sys
 import sysconfig
 
 import bench
 import pytest
+import torch
 
 GPT = dict(bench.GPT, n_layer=1, n_head=2, n_embd=32)
 MINI, MIXTURE = (dict(sizes, n_layer=1, n_head=2, n_embd=32) for sizes in (bench.MINIMIND, bench.MIXTURE))
@@ -18,14 +20,24 @@ TINY = dict(
     dpo=dict(count=2, length=64, rounds=1, mini=MINI),
     prepare=dict(size=2_000_000, rounds=1),
     start=dict(rounds=1))
+TINY['gpu'] = dict(device='cpu', rows={row: TINY[row] for row in bench.GPU})
 
 
 @pytest.mark.parametrize('row', bench.ROWS)
 def test_a_row_is_lines_of_figures(row, capsys, monkeypatch):
     docs = [*itertools.islice(bench.PYDOC['docstrings'](sysconfig.get_path('stdlib')), 2000)]
     monkeypatch.setitem(bench.PYDOC, 'docstrings', lambda root: docs)
-    monkeypatch.setattr(bench, 'copy_rate', lambda: 1e9)
-    monkeypatch.setattr(bench, 'matmul_rate', lambda dtype: 1e9)
+    monkeypatch.setattr(bench, 'copy_rate', lambda device: 1e9)
+    monkeypatch.setattr(bench, 'matmul_rate', lambda dtype, device: 1e9)
     bench.ROWS[row](**TINY[row])
     lines = capsys.readouterr().out.splitlines()
     assert lines and all(re.search(r' (ms|tokens/s|MB/s|GiB|s)\b', line) for line in lines), lines
+
+
+def test_a_row_for_a_gpu_without_one_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(sys, 'argv', ['bench.py', 'gpu'])
+    with pytest.raises(SystemExit) as end:
+        bench.main()
+    assert end.value.code == 2 and capsys.readouterr().err.splitlines() == [
+        'bench.py: torch sees no GPU for the row gpu: leave it out']

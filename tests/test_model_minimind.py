@@ -6,12 +6,13 @@ from dataclasses import asdict
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import model_minimind
 import pretrain
 from configurator import Run, read_config_file, save_checkpoint
-from model_minimind import (POSITIONS, MiniMind, MiniMindConfig, RMSNorm, apply_rope, kv_cache_bytes,
-                            plain_attention, plain_rms_norm, rope_table)
+from model_minimind import (POSITIONS, Attention, MiniMind, MiniMindConfig, RMSNorm, apply_rope,
+                            kv_cache_bytes, plain_attention, plain_rms_norm, rope_table)
 from train_tokenizer import encode_chat
 
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -465,3 +466,23 @@ def test_export_of_a_run(script, tmp_path, tokenizer):
     assert auto.encode('The keeper reads') == tokenizer.encode('The keeper reads')
     line = script('sample.py', '--out_dir=run', '--export_dir=run/ckpt.pt', code=2).stderr
     assert 'cannot make the folder run/ckpt.pt' in line
+
+
+@pytest.mark.parametrize('tokens, mask, dtype, heads', [
+    (4, True, torch.bfloat16, (4, 4)), (4, False, torch.float32, (4, 4)),
+    (4, False, torch.bfloat16, (4, 2)), (1, True, torch.bfloat16, (2, 2))], ids=str)
+def test_on_a_gpu_a_fast_kernel_fits(monkeypatch, tokens, mask, dtype, heads):
+    """Flash attention knows groups, but neither masks nor float32: then there are as many keys as queries.
+    Tensors without numbers, on the device meta, stand in for a GPU's."""
+    seen = []
+
+    def kernel(q, k, v, **how):
+        seen.append((q.size(1), k.size(1)))
+        return torch.empty_like(q)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', kernel)
+    config = MiniMindConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+    with torch.device('meta'):
+        x, cos, sin = torch.empty(2, tokens, 32, dtype=dtype), *torch.empty(2, 1, 1, tokens, 8)
+        allowed = torch.empty(2, 1, tokens, tokens, dtype=torch.bool) if mask else None
+        y = Attention(config, 0).to(dtype)(x, cos, sin, allowed)
+    assert y.shape == x.shape and seen == [heads]

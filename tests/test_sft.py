@@ -285,7 +285,7 @@ def test_questions_that_leave_no_room_for_an_answer_are_counted(script, run_fold
     chat = (dict(role='user', content='Who? ' * 20), dict(role='assistant', content='A keeper.'))
     pieces = [Piece('train', (chat,)), Piece('val', (chat,))]
     write_data(str(tmp_path / 'chats'), tokenizer, pieces, 'x', 'sft')
-    out = script('sft.py', f'--init_from={run_folder}', '--dataset=./chats', '--max_iters=1',
-                 '--batch_size=1', '--block_size=256', '--max_new_tokens=250', '--device=cpu',
-                 '--dtype=float32').stdout
+    out = script('sft.py', f'--init_from={run_folder}', '--dataset=./chats', '--out_dir=out',
+                 '--max_iters=1', '--batch_size=1', '--block_size=256', '--max_new_tokens=250',
+                 '--device=cpu', '--dtype=float32').stdout
     assert '1 of 1 questions are left out of the report' in out and '0 held-out answers' in out
