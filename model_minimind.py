@@ -49,7 +49,7 @@ class MiniMindConfig:
     tie_word_embeddings: bool = True
     dropout: float = 0.0
     attention_bias: bool = False           # biases on query, key and value (Qwen2)
-    positions: str = 'rope'                # or, to compare, 'learned', 'sinusoidal' or 'none'; see MiniMind
+    positions: str = 'rope'                # or, to compare, 'learned', 'sinusoidal' or 'none' (chapter II-3)
     rope_scaling: dict | None = None       # YaRN, as `extend_context` writes it, or Llama 3's; see rope_table
     # mixture of experts (chapter II-6); all that follows is ignored without use_moe
     use_moe: bool = False

@@ -212,6 +212,15 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=32', '--batch_
         '--dtype=float32', '--log_interval=1', '--eval_iters=2', '--prompt=The keeper', '--warmup_iters=5']
 
 
+def test_a_run_of_older_code_is_one_line(script, tiny_run):
+    file = tiny_run('gpt2') / 'ckpt.pt'
+    state = torch.load(file, weights_only=True)
+    state['model_config']['positions'] = 'sinusoidal'
+    torch.save(state, file)
+    line = script('sample.py', '--out_dir=tiny_gpt2', code=2).stderr
+    assert "does not describe a model" in line and "'positions'" in line
+
+
 def test_a_run_of_gpt2_from_scratch_to_transformers_and_back(script, tmp_path, tokenizer, transformers):
     data = tmp_path / 'rules'
     pieces = [Piece('train', TEXT * 20), Piece('val', TEXT)]

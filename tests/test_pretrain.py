@@ -49,6 +49,10 @@ def losses(folder):
     return {line['step']: line['loss'] for line in lines if 'loss' in line}
 
 
+def last_line(folder):
+    return json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])
+
+
 def weights(folder):
     return torch.load(folder / 'ckpt.pt', weights_only=True)['model']
 
@@ -115,8 +119,8 @@ def test_rows_longer_than_those_of_training_are_told_by_position(script, tmp_pat
     assert re.search(r'by position  1-8 \S+  9-16 \S+  17-32 \S+  33-64 \S+\ndone', out), out
     config = load_run(tmp_path / 'run')[0].config
     assert (config.context, config.trained_length) == (64, 32)
-    last = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[-1])
-    assert [*last] == ['step', 'val_loss_1_8', 'val_loss_9_16', 'val_loss_17_32', 'val_loss_33_64']
+    bands = ['1_8', '9_16', '17_32', '33_64']
+    assert [*last_line(tmp_path / 'run')] == ['step', *(f'val_loss_{band}' for band in bands)]
     again = [*TINY[4:], f'--dataset={data}', '--init_from=run', '--eval_only']
     if 'none' in how[0]:
         out = script('pretrain.py', *again, '--eval_block_size=128').stdout
@@ -152,14 +156,16 @@ def test_weight_decay_is_for_matrices_only(model):
 
 def test_the_cut_into_micro_batches_and_ranks_does_not_matter(script, tmp_path, data):
     """1 x 8 rows = 8 x 1 = two ranks of 2 x 2, though rows differ in how many targets they have."""
-    common = [*TINY, f'--dataset={data}', '--max_iters=4', '--optimizer=adamw', '--learning_rate=1e-3']
+    common = [*TINY, f'--dataset={data}', '--max_iters=4', '--optimizer=adamw', '--learning_rate=1e-3',
+              '--eval_iters=99']
     for name, rows, micro, ranks in (('whole', 8, 1, 0), ('cut', 1, 8, 0), ('ranks', 2, 4, 2)):
         script('pretrain.py', *common, f'--out_dir={name}', f'--batch_size={rows}',
                f'--gradient_accumulation_steps={micro}', torchrun=ranks)
-    expected = losses(tmp_path / 'whole')
-    assert len(expected) == 4
+    expected, by_position = losses(tmp_path / 'whole'), last_line(tmp_path / 'whole')
+    assert len(expected) == 4 and 'val_loss_17_32' in by_position
     for name in ('cut', 'ranks'):
         assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-5)
+        assert last_line(tmp_path / name) == pytest.approx(by_position, abs=1e-5)
         for key, w in weights(tmp_path / 'whole').items():
             torch.testing.assert_close(weights(tmp_path / name)[key], w, atol=2e-5, rtol=0, msg=key)
 
