@@ -60,7 +60,7 @@ def classifier(folder, **settings):
 
 def loss_on(folder, **settings):
     """Held-out loss on answers, and how many end, with answers as targets, or prompts too (I-8)"""
-    settings, rows = {**dict(max_iters=40, eval_interval=40), **settings}, []
+    settings, rows = {**dict(max_iters=30, eval_interval=30, report_size=24), **settings}, []
     for targets in ('answers', 'all'):
         lines, report = train('sft.py', folder / targets, loss_on=targets, **settings)
         val = [line['val_loss'] for line in lines if 'val_loss' in line]
