@@ -456,13 +456,17 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, rows, weight, targets, dtype, train):
         into_rows, into_weight = (torch.zeros_like(tensor) if train and needed else None
                                   for tensor, needed in zip((rows, weight), ctx.needs_input_grad))
-        weight, total = weight.to(dtype), weight.new_zeros((), dtype=torch.float32)
+        V, total = len(weight), weight.new_zeros((), dtype=torch.float32)
+        weight = weight.to(dtype)
+        if V % 64:                                  # a GPU multiplies fast in multiples of 64, see nanoGPT
+            weight = F.pad(weight, (0, 0, 0, -V % 64))
         full = weight.new_empty(min(1024, len(rows)), len(weight), dtype=torch.float32)
         half = full if dtype == torch.float32 else weight.new_empty(full.shape)
         for i in range(0, len(rows), 1024):
             piece, own = rows[i:i + 1024].to(dtype), targets[i:i + 1024, None]         # (n, C), (n, 1)
             counted, own = own != -100, own.clamp(min=0)
-            logits = torch.mm(piece, weight.mT, out=half[:len(piece)])                 # (n, V)
+            logits = torch.mm(piece, weight.mT, out=half[:len(piece)])                 # (n, V and padding)
+            logits[:, V:] = float('-inf')
             x = full[:len(piece)].copy_(logits)
             top, mine = x.amax(1, keepdim=True), x.gather(1, own)                      # (n, 1)
             s = x.sub_(top).exp_().sum(1, keepdim=True)
@@ -472,7 +476,7 @@ class HeadLoss(torch.autograd.Function):
             if into_rows is not None:
                 into_rows[i:i + 1024] = slope @ weight * counted
             if into_weight is not None:
-                into_weight += slope.mT @ (piece * counted)
+                into_weight += (slope.mT @ (piece * counted))[:V]
         ctx.save_for_backward(into_rows, into_weight)
         return total
 
