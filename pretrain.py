@@ -21,7 +21,6 @@ Every later stage takes from here its loop, Training, and its optimizers.
 """
 import functools
 import math
-import os
 import re
 import signal
 import sys
@@ -29,8 +28,8 @@ import time
 from contextlib import ExitStack, nullcontext
 from shlex import quote
 
-from configurator import (MetricsLog, at_least, check_weights, clock, configure, draw, fail, make_folder,
-                          one_of, restore_rng, save_checkpoint, start_run)
+from configurator import (MetricsLog, at_least, check_weights, clock, configure, fail, make_folder, one_of,
+                          restore_rng, save_checkpoint, start_run)
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ epochs = 0.0                    # passes over the data instead of max_iters; 0 t
 eval_interval = 160             # save, measure the held-out loss and print a sample every so many steps
 always_save_checkpoint = True   # False: keep the checkpoint of the lowest held-out loss
 eval_iters = 200                # batches of held-out text to measure on, at most
-eval_block_size = 0             # tokens in a row whose loss is told by position, at the end; 0 is block_size
+eval_block_size = 0             # tokens in a row whose loss is told by position at the end; 0: it is not
 log_interval = 10               # print a line every so many steps
 prompt = 'def is_'              # what that sample continues
 seed = 1337                     # of the weights, the order of the data, dropout
@@ -650,24 +649,17 @@ def bands_of(sums, block_size):
 
 
 def report_positions(training, split):
-    """Say, log and draw the held-out loss by position."""
+    """Say and log the held-out loss by position, of rows of eval_block_size."""
     config = training.config
-    block_size, length = config['block_size'], config['eval_block_size'] or config['block_size']
-    found = min(length, len(split.tokens) - 1)
-    sums = loss_by_position(training.model, training.run, split, found, config['batch_size'],
-                            config['eval_iters'])
-    bands = bands_of(sums, block_size)
+    length = min(config['eval_block_size'], len(split.tokens) - 1)
+    bands = bands_of(loss_by_position(training.model, training.run, split, length, config['batch_size'],
+                                      config['eval_iters']), config['block_size'])
     training.say("held-out nats by position  " + "  ".join(
         f"{first}-{last} {loss:.4f}" for first, last, loss in bands)
-        + "  (the held-out text ends there)" * (found < length))
+        + "  (the held-out text ends there)" * (length < config['eval_block_size']))
     if training.log:
         training.log.write(step=training.step, **{
             f'val_loss_{first}_{last}': loss for first, last, loss in bands})
-        for axes in draw(os.path.join(config['out_dir'], 'positions.png')):
-            for first, last, loss in bands:
-                axes.plot([first - 1, last], [loss, loss], color='C0' if last <= block_size else 'C3')
-            axes.set(xlabel=f"position in the row (red: beyond the {block_size} of training)",
-                     ylabel="held-out loss")
 
 
 # ---- the stage ----
@@ -755,6 +747,6 @@ if __name__ == '__main__':
             experts = dict(aux=aux * n, expert_load=model.expert_load() * n) if model.config.use_moe else {}
             training.backward((loss + aux) * n, loss=loss * n, **experts)
         training.update(tokens=training.rows * block_size)
-    if not training.stopping:
+    if eval_block_size and not training.stopping:
         report_positions(training, val)
     training.close(f"the model is in {out_dir}: python sample.py --out_dir={quote(out_dir)}")

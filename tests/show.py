@@ -3,7 +3,8 @@
     python tests/show.py                        # which points there are
     python tests/show.py positions norms        # one or two minutes each on two cores
 
-The runs are temporary, and each point leaves a picture, out/pictures/NAME.png. A held-out loss is in nats.
+The runs are temporary. The points of pretraining leave a picture, out/pictures/NAME.png; classifier and loss_on
+start from out/pretrain, which `python pretrain.py` makes. A held-out loss is in nats.
 """
 import io
 import json
@@ -33,11 +34,11 @@ SMALL = dict(dataset='pydoc', n_layer=2, n_head=4, n_kv_head=2, n_embd=128, bloc
              max_iters=200, log_interval=10)
 
 
-def train(folder, **settings):
-    """Run pretrain.py in this process. Returns what it logged, a dict per line, and its held-out loss."""
+def train(script, folder, **settings):
+    """Run a stage in this process, evaluated at its start and end. Returns what it logged, a dict per line."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     began, arguments = time.time(), [f'--{key}={value}' for key, value in settings.items()]
-    sys.argv = [str(ROOT / 'pretrain.py'), f'--out_dir={folder}', *arguments, '--eval_interval=1000000']
+    sys.argv = [str(ROOT / script), f'--out_dir={folder}', *arguments, '--eval_interval=1000000']
     print(f"training: {folder.name}", end='', file=sys.stderr, flush=True)
     with redirect_stdout(io.StringIO()):
         try:
@@ -47,14 +48,18 @@ def train(folder, **settings):
                 raise
     for number, handler in handlers.items():            # the loop had its own
         signal.signal(number, handler)
-    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     print(f", {clock(time.time() - began)}", file=sys.stderr)
-    return lines, [line['val_loss'] for line in lines if 'val_loss' in line][-1]
+    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def held_out(lines):
+    """The held-out losses among what a run logged."""
+    return [line['val_loss'] for line in lines if 'val_loss' in line]
 
 
 def table(head, rows):
     """Print rows of texts and numbers below their heads, the first column to the left."""
-    rows = [[f'{x:,.2f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) else x for x in row]
+    rows = [[f'{x:,.3f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) else x for x in row]
             for row in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *rest in rows:
@@ -66,7 +71,7 @@ def positions(folder, **settings):
     settings, sums, run = {**SMALL, **settings}, {}, start_run('auto', 'float32')
     short = settings['block_size']
     for kind in model_minimind.POSITIONS:
-        train(folder / kind, positions=kind, eval_block_size=4 * short, **settings)
+        train('pretrain.py', folder / kind, positions=kind, eval_block_size=4 * short, **settings)
         val = read_split(data_folder(settings['dataset']), 'val')
         for name, factor in {kind: 1, **({'rope, YaRN x4': 4} if kind == 'rope' else {})}.items():
             model = load_run(str(folder / kind), run.device, yarn_factor=factor)[0]
@@ -96,10 +101,10 @@ def norms(folder, **settings):
             best[name] = min(best[name], 1e3 * (time.perf_counter() - began))
     for name, kind in kinds.items():
         with mock.patch.object(model_minimind, 'RMSNorm', kind):
-            lines, loss = train(folder / name, **settings)
+            lines = train('pretrain.py', folder / name, **settings)
         curves[name] = [(line['step'], line['loss']) for line in lines if 'loss' in line]
         fastest = max(line['tokens_per_second'] for line in lines if 'loss' in line)
-        rows.append([name, loss, 1e3 * tokens / fastest, best[name]])
+        rows.append([name, held_out(lines)[-1], 1e3 * tokens / fastest, best[name]])
     table(['norm', 'held-out loss', 'ms a step', 'ms a norm, forward and backward'], rows)
     for axes in draw(PICTURES / 'norms.png'):
         for (name, curve), style in zip(curves.items(), ('-', '--')):
@@ -112,7 +117,7 @@ def heads(folder, length=512, **settings):
     """Multi-head, grouped and multi-query attention, and decoding with the KV cache and without (II-5)"""
     settings, rows, curves = {**SMALL, 'n_head': 8, 'n_embd': 256, 'max_iters': 150, **settings}, [], {}
     for name, n_kv_head in {'multi-head': settings['n_head'], 'grouped': 2, 'multi-query': 1}.items():
-        _, loss = train(folder / name, **{**settings, 'n_kv_head': n_kv_head}, context=length)
+        lines = train('pretrain.py', folder / name, **{**settings, 'n_kv_head': n_kv_head}, context=length)
         model, tokenizer, _ = load_run(str(folder / name))
         speeds, cache = [], model.make_cache(1, length)
         for use_cache in (True, False):
@@ -122,7 +127,7 @@ def heads(folder, length=512, **settings):
             speeds.append(len(seconds) / seconds[-1])
             curves[f"{name}, {'with' if use_cache else 'without'} cache"] = seconds
         size = sum(t.nbytes for t in cache.keys + cache.values)
-        rows.append([f"{name}, {n_kv_head} of {settings['n_head']}", loss, size, *speeds])
+        rows.append([f"{name}, {n_kv_head} of {settings['n_head']}", held_out(lines)[-1], size, *speeds])
     table(['key and value heads', 'held-out loss', f'bytes of cache, {length} tokens', 'tokens/s',
            'without cache'], rows)
     for axes in draw(PICTURES / 'heads.png'):
@@ -138,9 +143,9 @@ def experts(folder, **settings):
                 'norm_topk_prob': False, **settings}
     rows, panels = [], {}
     for coefficient in (0.0, 0.02):
-        lines, loss = train(folder / f'{coefficient}', router_aux_loss_coef=coefficient, **settings)
+        lines = train('pretrain.py', folder / f'{coefficient}', router_aux_loss_coef=coefficient, **settings)
         steps, loads = zip(*((line['step'], line['expert_load']) for line in lines if 'loss' in line))
-        rows.append([str(coefficient), loss])
+        rows.append([str(coefficient), held_out(lines)[-1]])
         for layer, shares in enumerate(zip(*loads)):
             panels[f"coef {coefficient}, layer {layer}"] = shares
             rows[-1] += ' '.join(f'{share:.0%}' for share in sorted(shares[-1], reverse=True)),
@@ -149,7 +154,33 @@ def experts(folder, **settings):
     draw_shares(PICTURES / 'experts.png', steps, panels)
 
 
-POINTS = dict(positions=positions, norms=norms, heads=heads, experts=experts)
+def classifier(folder, **settings):
+    """Accuracy where the head reads the end of the text or of its padding, or the first token (I-7)"""
+    settings, rows = {**dict(block_size=72, max_iters=60), **settings}, []     # 72 tokens: the longest text
+    for words, how in {
+            "text, all": {}, "text, last": dict(trainable='last'), "text, head": dict(trainable='head'),
+            "padding, last (the chapter)": dict(reads='padding', trainable='last'),
+            "padding, all": dict(reads='padding'), "first, last": dict(reads='first', trainable='last'),
+            "text, all, from random weights": dict(random_weights=True)}.items():
+        train('finetune_cls.py', folder / words, **how, **settings)
+        report = json.loads((folder / words / 'report.json').read_text())
+        rows.append([words, *(report[split]['accuracy'] for split in ('train', 'val', 'test'))])
+    table(['reads, trainable', 'train', 'val', 'test'], rows)
+
+
+def loss_on(folder, **settings):
+    """Held-out loss on answers, and how many end, with answers as targets, or prompts too (I-8)"""
+    settings, rows = {**dict(max_iters=30, report_size=24), **settings}, []
+    for targets in ('answers', 'all'):
+        val = held_out(train('sft.py', folder / targets, loss_on=targets, **settings))
+        report = json.loads((folder / targets / 'report.json').read_text())
+        ended = sum(entry['stopped'] for entry in report)
+        rows.append([targets, val[0], val[-1], f'{ended} of {len(report)}'])
+    table(['loss on', 'held-out loss before', 'after', 'answers that end'], rows)
+
+
+POINTS = dict(positions=positions, norms=norms, heads=heads, experts=experts, classifier=classifier,
+              loss_on=loss_on)
 
 
 if __name__ == '__main__':

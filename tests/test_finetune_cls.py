@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-import show_classifier
+import show
 import torch
 from conftest import numbers
 from torch.nn import functional as F
@@ -195,7 +195,7 @@ def test_the_table_of_variants(tmp_path, tiny_run, moods, capsys, monkeypatch):
     monkeypatch.setattr('sys.argv', ['show'])
     settings = dict(arg.removeprefix('--').split('=') for arg in SMALL)
     run, data = tiny_run('minimind'), moods('minimind')
-    show_classifier.classifier(tmp_path, init_from=run, dataset=data, max_iters=1, **settings)
+    show.classifier(tmp_path, init_from=run, dataset=data, max_iters=1, **settings)
     head, *rows = capsys.readouterr().out.splitlines()[-8:]
     assert head.split() == ['reads,', 'trainable', 'train', 'val', 'test'] and len(rows) == 7
     assert all(0 <= float(n) <= 1 for row in rows for n in row.split()[-3:])

@@ -1,5 +1,4 @@
 """pretrain.py: batches, the loss over micro-batches and ranks, stopping and resuming, and mistakes."""
-import importlib.util
 import json
 import math
 import re
@@ -130,8 +129,6 @@ def test_rows_longer_than_those_of_training_are_told_by_position(script, tmp_pat
         assert words in script('pretrain.py', *again, '--eval_block_size=128', code=2).stderr
     line = script('pretrain.py', *tiny, *how, '--eval_block_size=64', '--context=48', code=2).stderr
     assert '--context=48 is less than --eval_block_size=64' in line
-    if importlib.util.find_spec('matplotlib'):
-        assert (tmp_path / 'run' / 'positions.png').stat().st_size > 5000
 
 
 def test_an_epoch_has_each_row_once():
@@ -157,7 +154,7 @@ def test_weight_decay_is_for_matrices_only(model):
 def test_the_cut_into_micro_batches_and_ranks_does_not_matter(script, tmp_path, data):
     """1 x 8 rows = 8 x 1 = two ranks of 2 x 2, though rows differ in how many targets they have."""
     common = [*TINY, f'--dataset={data}', '--max_iters=4', '--optimizer=adamw', '--learning_rate=1e-3',
-              '--eval_iters=99']
+              '--eval_iters=99', '--eval_block_size=32']
     for name, rows, micro, ranks in (('whole', 8, 1, 0), ('cut', 1, 8, 0), ('ranks', 2, 4, 2)):
         script('pretrain.py', *common, f'--out_dir={name}', f'--batch_size={rows}',
                f'--gradient_accumulation_steps={micro}', torchrun=ranks)

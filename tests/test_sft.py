@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-import show_classifier
+import show
 import torch
 from conftest import numbers
 
@@ -247,7 +247,7 @@ def test_the_table_of_both_losses(tmp_path, tiny_run, counting, capsys, monkeypa
     monkeypatch.setattr('sys.argv', ['show'])
     settings = dict(arg.removeprefix('--').split('=') for arg in SMALL)
     run, data = tiny_run('minimind'), counting('minimind')
-    show_classifier.loss_on(tmp_path, init_from=run, dataset=data, max_iters=1, **settings)
+    show.loss_on(tmp_path, init_from=run, dataset=data, max_iters=1, **settings)
     _, answers, everything = capsys.readouterr().out.splitlines()
     assert answers.split()[0] == 'answers' and everything.split()[0] == 'all'
     assert answers.split()[1] == everything.split()[1] and 'of 6' in answers
