@@ -230,7 +230,7 @@ class HeadLoss(torch.autograd.Function):
             piece, own = rows[i:i + 1024].to(dtype), targets[i:i + 1024, None]         # (n, C), (n, 1)
             counted, own = own != -100, own.clamp(min=0)
             logits = torch.mm(piece, weight.mT, out=half[:len(piece)])                 # (n, V and padding)
-            logits[:, V:] = float('-inf')
+            logits[:, V:].fill_(-math.inf)
             x = full[:len(piece)].copy_(logits)
             top, mine = x.amax(1, keepdim=True), x.gather(1, own)                      # (n, 1)
             s = x.sub_(top).exp_().sum(1, keepdim=True)

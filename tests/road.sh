@@ -17,8 +17,10 @@ run() {                             # say a command and run it
 
 stage() {                           # stage WORDS KEY RUN SCRIPT OPTIONS...: run it, note its KEY before and after
     local began=$SECONDS trial=()
-    [ -z "${STEPS:-}" ] || trial=(--max_iters="$STEPS" --eval_interval="$STEPS" $(grep -q ^report_size "$4" &&
-        echo --report_size=4))
+    if [ -n "${STEPS:-}" ]; then
+        trial=(--max_iters="$STEPS" --eval_interval="$STEPS")
+        if grep -q ^report_size "$4"; then trial+=(--report_size=4); fi
+    fi
     run "${@:4}" ${trial[@]+"${trial[@]}"} | tee out/stage.log
     python - "$@" $((SECONDS - began)) >> out/road.md <<'PYTHON'
 import json, shlex, sys

@@ -3,8 +3,8 @@
     python tests/show.py                        # which points there are
     python tests/show.py positions norms        # one or two minutes each on two cores
 
-The runs are temporary. The points of pretraining leave a picture, out/pictures/NAME.png; classifier and loss_on
-start from out/pretrain, which `python pretrain.py` makes. A held-out loss is in nats.
+The runs are temporary. The points of pretraining leave a picture, out/pictures/NAME.png; classifier and
+loss_on start from out/pretrain, which `python pretrain.py` makes. A held-out loss is in nats.
 """
 import io
 import json
@@ -35,7 +35,7 @@ SMALL = dict(dataset='pydoc', n_layer=2, n_head=4, n_kv_head=2, n_embd=128, bloc
 
 
 def train(script, folder, **settings):
-    """Run a stage in this process, evaluated at its start and end. Returns what it logged, a dict per line."""
+    """Run a stage in this process, evaluated at start and end. Returns what it logged, a dict per line."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     began, arguments = time.time(), [f'--{key}={value}' for key, value in settings.items()]
     sys.argv = [str(ROOT / script), f'--out_dir={folder}', *arguments, '--eval_interval=1000000']

@@ -42,6 +42,13 @@ def test_it_is_what_a_profiler_measures(changes, dtype):
     assert least <= parts['moments'] / parts['weights'] < least + 0.5
 
 
+def test_the_memory_of_a_config_is_a_line(script):
+    line = script('tests/memory.py', 'config/gpt2_124m.py', '--batch_size=4', '--optimizer=muon',
+                  '--activation_checkpointing', process=True).stdout
+    total, *parts = numbers(r'(\d+\.\d+)', line)
+    assert 1 < total < 3 and len(parts) == 4 and sum(parts) == pytest.approx(total, abs=0.03)
+
+
 RANKS = """
 import torch.distributed as dist
 from test_memory import CONFIG, measured

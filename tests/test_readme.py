@@ -102,7 +102,7 @@ def test_the_road_is_walked_by_one_command(tmp_path):
     """In a copy of what is committed, whose folder has a name with a space and Chinese letters."""
     copy, path = tmp_path / '路 one', f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for pattern in '*.py', 'config/*', 'data/*.*', 'tests/road.sh':
-        for file in ROOT.glob(pattern):
+        for file in filter(Path.is_file, ROOT.glob(pattern)):
             (copy / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy / file.relative_to(ROOT))
     env = {**ONE_THREAD, 'STEPS': '2', 'PATH': path}

@@ -223,8 +223,8 @@ def test_loss_on_all_makes_targets_of_prompts_but_not_in_the_held_out_loss(scrip
     options = [f'--init_from={tiny_run("minimind")}', f'--dataset={counting("minimind")}']
     table = script('sft.py', *options, '--loss_on=all', '--debug_mask').stdout.splitlines()[1:]
     assert [line.split()[2] for line in table] == ['-'] + ['yes'] * (len(table) - 1)
-    done = {how: script('sft.py', *options, f'--loss_on={how}', '--max_iters=1', '--report_size=0', *SMALL
-                        ).stdout for how in ('answers', 'all')}
+    options += ['--max_iters=1', '--out_dir=run', '--report_size=0', *SMALL]
+    done = {how: script('sft.py', *options, f'--loss_on={how}').stdout for how in ('answers', 'all')}
     first = [re.findall(r'held-out loss (\d\S+)', out)[0] for out in done.values()]
     assert first[0] == first[1]
     loss = [numbers(r'step +0/1 +loss (\S+)', out) for out in done.values()]
@@ -237,7 +237,8 @@ def test_loss_on_all_is_the_mean_over_each_token_that_follows_another(script, ti
     train, model = read_split(str(data), 'train'), load_run(str(folder))[0]
     texts = [torch.tensor([train.tokens[i:j].tolist()]) for i, j in zip(train.offsets, train.offsets[1:])]
     out = script('sft.py', f'--init_from={folder}', f'--dataset={data}', '--loss_on=all', '--layout=padded',
-                 '--max_iters=1', '--report_size=0', *SMALL, f'--batch_size={len(texts)}').stdout
+                 '--out_dir=run', '--max_iters=1', '--report_size=0', *SMALL,
+                 f'--batch_size={len(texts)}').stdout
     total = sum(model(text[:, :-1], text[:, 1:])[1].item() * (text.numel() - 1) for text in texts)
     mean = total / sum(text.numel() - 1 for text in texts)
     assert numbers(r'step +0/1 +loss (\S+)', out) == pytest.approx([mean], abs=2e-4)
