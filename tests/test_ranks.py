@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo import trace_rules
 from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import ONE_THREAD, ROOT, TEXT
 from test_training import CONFIG, make_training, metrics
@@ -199,6 +200,7 @@ def test_on_a_gpu_no_step_waits_for_it(script, sets, tiny_run, monkeypatch, stag
              'distill': [f'--teacher={tiny_run("minimind")}', '--n_layer=1', '--n_head=2', '--n_embd=32']}
     task = dict(pretrain='pretrain', dpo='dpo', finetune_cls='cls').get(stage, 'sft')
     report = ['--report_size=0'] * (task == 'sft')
+    trace_rules.get_torch_obj_rule_map()        # a table of functions, made once, must not hold the next one
     monkeypatch.setattr('model_minimind.torch.compiler.is_compiling', lambda: True)     # the loss as on a GPU
     with Waits() as waits:
         def spy(forward):
