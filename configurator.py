@@ -266,7 +266,7 @@ def gentle_rates(settings, keys, given):
     if not bare_weights(start) and any(os.path.isfile(os.path.join(start, name)) for name in CHECKPOINTS):
         rate = load_checkpoint(start)['settings'].get('learning_rate')
         why = f"learned at {rate}" if type(rate) is float and rate <= max(GENTLE.values()) else ''
-    elif start not in ('scratch', 'resume') and (os.path.exists(start) or os.sep not in start):
+    elif start not in ('scratch', 'resume') and (os.path.exists(start) or start.startswith('gpt2')):
         why = "is no run of ours"
     gentle = dict(optimizer='adamw', learning_rate=GENTLE.get(os.path.basename(settings['__file__']), 5e-5))
     taken = {key: value for key, value in gentle.items() if why and key in keys and key not in given}

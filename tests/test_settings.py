@@ -391,3 +391,8 @@ def test_mfu_is_of_the_peak_that_is_known(tmp_path, monkeypatch, capsys):
     assert 'mfu ' in capsys.readouterr().out
     line = json.loads((tmp_path / 'metrics.jsonl').read_text())
     assert line['mfu'] == pytest.approx(line['tokens_per_second'] * training.flops / 1e3)
+
+
+def test_of_a_folder_that_is_not_there_nothing_is_said_but_that(script):
+    done = script('sft.py', '--init_from=nowhere', '--out_dir=run', code=2)
+    assert done.stdout == '' and 'no checkpoint nowhere' in done.stderr
