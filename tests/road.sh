@@ -85,10 +85,11 @@ poems() {
         --learning_rate=1e-4 --seed="$seed" --out_dir="$out/dpo"
     obey "$out/dpo" poems
 
-    for stage in lora sft; do
-        run $stage.py --init_from="$out/sft" --dataset=ci_sft --max_iters=400 --batch_size=8 --report_size=0 \
-            --out_dir="$out/ci_$stage"
-        obey "$out/ci_$stage" ci
+    for how in "lora --learning_rate=1e-2" sft; do
+        set -- $how
+        run "$1.py" --init_from="$out/sft" --dataset=ci_sft --max_iters=400 --batch_size=8 --report_size=0 \
+            --out_dir="$out/ci_$1" "${@:2}"
+        obey "$out/ci_$1" ci
     done
 
     run prepare.py --input=data/raw/poems_taught.jsonl --tokenizer="$out/tokenizer"
