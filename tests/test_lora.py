@@ -317,7 +317,8 @@ def test_a_run_its_folder_and_the_merged_model(script, chats_folder, run_folder,
                              (['--out_dir=a', '--merge_to=a'], 'would overwrite'),
                              (['--init_from=a', *FAST], 'merge them first'),
                              ([f'--init_from={run_folder}', '--targets=query', *FAST], "called 'query'"),
-                             ([f'--init_from={run_folder}', '--from_peft=nowhere', '--out_dir=new'], 'adapter_config.json')):
+                             ([f'--init_from={run_folder}', '--from_peft=nowhere', '--out_dir=new'],
+                              'adapter_config.json')):
         assert words in script('lora.py', *arguments, code=2).stderr
     # the base changes under its adapters
     shutil.copytree(run_folder, tmp_path / 'base')
