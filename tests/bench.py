@@ -419,7 +419,7 @@ def prepare(size=20_000_000, rounds=3):
                 texts.append(file.read_text(encoding='utf-8', errors='ignore')[:left])
                 left -= len(texts[-1])
         with open(f'{folder}/source.jsonl', 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(dict(text=text)) + '\n' for text in texts)
+            f.writelines(json.dumps(dict(text=text)) + '\n' for text in texts if text.strip())
         tokenizer = tokenizers.Tokenizer.from_file(f'{folder}/tokenizer/tokenizer.json')
         times = pairs(rounds, dict(
             ours=lambda: script('prepare.py', f'--input={folder}/source.jsonl', f'--dataset={folder}/source',
