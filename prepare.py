@@ -862,6 +862,11 @@ def open_data(run, dataset, task, tokenizer=''):
             run_script('prepare.py', *arguments)
         run.barrier()
     meta = read_meta(dataset, task)
+    command = BUILT_IN.get(os.path.basename(folder), ('', '', ''))[2]
+    script, made = os.path.join(HERE, command.partition(' ')[0]), os.path.join(folder, 'meta.json')
+    if run.rank == 0 and os.path.isfile(script) and os.path.getmtime(script) > os.path.getmtime(made):
+        print(f"{folder} is older than {script}: `python {command}`, then `python prepare.py "
+              f"--dataset={dataset} --tokenizer=FOLDER` makes it anew", flush=True)
     if isinstance(tokenizer, str) and tokenizer:
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer and task in ('sft', 'dpo'):

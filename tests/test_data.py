@@ -394,6 +394,16 @@ def test_print_text_is_what_would_be_tokenised(script, tmp_path):
 
 # ---- opening ----
 
+def test_a_built_in_set_older_than_its_script_is_told(tmp_path, tokenizer, capsys, monkeypatch):
+    """As after an update: what it trains on is not what the script says now."""
+    monkeypatch.setitem(prepare.BUILT_IN, 'rules', ('pretrain', 'raw/rules.jsonl', 'data/reason.py'))
+    write_data(str(tmp_path / 'rules'), tokenizer, [Piece('train', TEXT), Piece('val', TEXT)], 'rules')
+    for age, told in ((None, False), ((0, 0), True)):
+        os.utime(tmp_path / 'rules' / 'meta.json', age)
+        open_data(Run('cpu', torch.float32, 0, 1), str(tmp_path / 'rules'), 'pretrain', tokenizer)
+        assert ('is older than' in capsys.readouterr().out) == told
+
+
 def test_open_data_refuses_another_tokenizer_and_another_task(tmp_path, tokenizer, byte_tokenizer, capsys):
     run, folder, file = Run(torch.device('cpu'), torch.float32, 0, 1), str(tmp_path / 'd'), tmp_path / 'a.txt'
     file.write_text(TEXT)

@@ -1,4 +1,5 @@
-"""The READMEs: no command in them is misspelt, and each is run by a road, by a test, or by whom it says here.
+"""The READMEs: no command in them is misspelt, and for each a road or a test has its script and its options,
+though not always together, or it is said here why none has.
 
     python tests/test_readme.py         # prints each command with what runs it
 """
@@ -18,10 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import LOOP, NAMES, settings_in  # noqa: E402  (the line above makes it importable)
 
-PROGRAMS = ('python', 'torchrun', 'bash', 'pip', 'npm', 'vllm', 'ollama', 'cd')
+PROGRAMS = ('python', 'torchrun', 'bash', 'pip', 'npm', 'hf', 'vllm', 'ollama', 'cd')
 # what stands in no test and in no road, and why
 ELSEWHERE = {
-    'pip': "what .ci/run does, but for optional packages", 'npm': "needs the network", 'cd': "npm's",
+    'pip': "what .ci/run does, but for optional packages", 'npm': "needs the network", 'hf': "so does it",
+    'cd': "npm's",
     'vllm': "a server of its own: the table below the command was measured by hand",
     'ollama': "was not at hand, and the README says so",
     'python -m pytest': ".ci/run", 'python -m pytest tests/test_layouts.py': "wants a clone of MiniMind",
