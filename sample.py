@@ -51,7 +51,7 @@ export_dir = ''             # write the model here as a Hugging Face folder, and
 export_gguf = ''            # write it into this file, which llama.cpp and Ollama load, and stop
 # the text
 start = 'def '              # prompt, or FILE:path, or '-' for standard input
-lines = False               # take each line of start as a prompt of its own, all in one batch
+lines = False               # each line of start, with --chat of standard input, is a prompt of its own
 num_samples = 1             # how many texts for each prompt; with --chat, answers to each question
 max_new_tokens = 200        # longest continuation, in tokens
 stop = ''                   # a text at which a sample ends, or several with | between; '"\n"' is a line end
@@ -549,16 +549,34 @@ def prompt_that_fits(tokenizer, messages, room, thinking=False):
     return ids
 
 
-def converse(model, tokenizer, system, thinking, num_samples, max_new_tokens, generator=None, **how):
+def print_answers(model, tokenizer, questions, prompts, num_samples, max_new_tokens, generator, **how):
+    """Several answers to each of many questions, 64 at a time: question, answer and a line between."""
+    questions, prompts = ([one for one in each for _ in range(num_samples)] for each in (questions, prompts))
+    found = answers(model, tokenizer, prompts, max_new_tokens, 64, generator, **how)
+    for question, (answer, _) in zip(questions, found):
+        print(question, answer, '-' * 40, sep='\n', flush=True)
+
+
+def converse(model, tokenizer, system, thinking, lines, num_samples, max_new_tokens, generator=None, **how):
     """Answer what is typed, on and on. All of it is text: "<|im_end|>" typed by a user ends nothing. With
-    several answers to each question none is remembered: print the question before each answer."""
+    several answers to each question none is remembered, and none of `lines`, which are answered together."""
     tokenizer.take_own_layout()
     lead = tokenizer.layout.lead if tokenizer.layout else '<think>\n'
     if thinking and not lead and tokenizer.layout.thinks == 'given':
         fail("--thinking: the chat template of this model has no place for thoughts: leave it out")
     sys.stdin.reconfigure(errors='replace')
     device, context = next(model.parameters()).device, model.config.context
+    room, full = context - min(max_new_tokens, context // 2), f"share a context of {context:,} tokens"
     opening = [dict(role='system', content=system)] if system else []
+    if lines:
+        questions = [text.strip() for text in iter(read_message, None) if text.strip()]
+        asked = [[*opening, dict(role='user', content=text)] for text in questions]
+        prompts = [prompt_that_fits(tokenizer, messages, room, thinking) for messages in asked]
+        if not prompts or None in prompts:
+            fail(f"--lines: question {prompts.index(None) + 1} is too long: it and its answer {full}"
+                 if prompts else "--lines: standard input has no line with text in it")
+        print_answers(model, tokenizer, questions, prompts, num_samples, max_new_tokens, generator, **how)
+        return
     messages = list(opening)
     while (text := read_message()) not in (None, '/exit'):
         if text == '/reset':
@@ -567,17 +585,16 @@ def converse(model, tokenizer, system, thinking, num_samples, max_new_tokens, ge
             continue
         messages.append(dict(role='user', content=text.strip()))
         before = len(messages)
-        ids = prompt_that_fits(tokenizer, messages, context - min(max_new_tokens, context // 2), thinking)
+        ids = prompt_that_fits(tokenizer, messages, room, thinking)
         if ids is None:
             messages.pop()
-            print(f"(too long: question and answer share a context of {context:,} tokens)", file=sys.stderr)
+            print(f"(too long: question and answer {full})", file=sys.stderr)
             continue
         if len(messages) < before:
             print(f"(the context is full: {before - len(messages)} turns are forgotten)", file=sys.stderr)
         if num_samples > 1:
-            for answer, _ in answers(model, tokenizer, [ids] * num_samples, max_new_tokens, num_samples,
-                                     generator, **how):
-                print(text.strip(), answer, '-' * 40, sep='\n', flush=True)
+            print_answers(model, tokenizer, [text.strip()], [ids], num_samples, max_new_tokens, generator,
+                          **how)
             messages = list(opening)
             continue
         stream = Stream(tokenizer, ids, known=known_length(model.config))
@@ -723,7 +740,7 @@ if __name__ == '__main__':
     configure(globals(), {
         'chat': 'system thinking', '!init_from': 'out_dir',
         '!export_dir': SPEAKING, '!export_gguf': f'{SPEAKING} export_dir',
-        '!chat': 'start lines stop show_probs plot on_full use_cache'},
+        '!chat': 'start stop show_probs plot on_full use_cache'},
         num_samples=at_least(1), temperature=at_least(0), top_k=at_least(0), top_p=between(0, 1),
         min_p=between(0, 1), repetition_penalty=between(0.1, 10), on_full=one_of('stop', 'slide'))
     if export_dir:
@@ -753,7 +770,7 @@ if __name__ == '__main__':
                repetition_penalty=repetition_penalty)
     generator = torch.Generator(run.device).manual_seed(seed)
     if chat:
-        converse(model, tokenizer, system, thinking, num_samples, max_new_tokens, generator, **how)
+        converse(model, tokenizer, system, thinking, lines, num_samples, max_new_tokens, generator, **how)
         sys.exit()
     context = model.config.context
     text = read_prompt(start)

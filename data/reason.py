@@ -17,7 +17,8 @@ that no training problem has, for operations that are trained.
 
 A student can also learn from the answers of a teacher alone, out/reason, to questions of training problems:
 
-    python sample.py --out_dir=out/reason --chat --num_samples=2 < data/raw/reason_questions.txt > answers.txt
+    python sample.py --out_dir=out/reason --chat --lines --num_samples=2 \
+        < data/raw/reason_questions.txt > answers.txt
     python data/reason.py --taught=answers.txt      # keeps the right ones -> data/raw/reason_taught.jsonl
     python prepare.py --input=data/raw/reason_taught.jsonl --tokenizer=out/reason
     python distill.py --teacher= --dataset=reason_taught --max_new_tokens=100

@@ -57,7 +57,7 @@ write() {                           # write RUN OPTIONS...: what a run writes, a
 }
 
 obey() {                            # obey RUN poems|ci: the same held-out orders for each run, two poems to each
-    head -n 100 data/raw/"$2"_orders.txt | write "$1" --chat --num_samples=2 --max_new_tokens=100
+    head -n 100 data/raw/"$2"_orders.txt | write "$1" --chat --lines --num_samples=2 --max_new_tokens=100
 }
 
 poems() {
@@ -68,7 +68,7 @@ poems() {
     run pretrain.py --dataset=poems --tokenizer="$out/tokenizer" --prompt=《 --max_iters=480 --eval_interval=240 \
         --seed="$seed" --out_dir="$out/pretrain"
     obey "$out/pretrain" poems
-    write "$out/pretrain" --start=《 --num_samples=200 --max_new_tokens=100
+    printf '《\n%.0s' {1..200} | write "$out/pretrain" --start=- --lines --max_new_tokens=100
     run finetune_cls.py --init_from="$out/pretrain" --dataset=poems_cls --block_size=128 --out_dir="$out/cls"
     run finetune_cls.py --init_from="$out/pretrain" --dataset=poems_cls --block_size=128 --out_dir="$out/cls_random" \
         --random_weights
@@ -77,7 +77,7 @@ poems() {
         --report_size=0 --seed="$seed" --out_dir="$out/sft"
     obey "$out/sft" poems
 
-    run sample.py --out_dir="$out/sft" --chat --num_samples=8 --max_new_tokens=100 --temperature=0.8 \
+    run sample.py --out_dir="$out/sft" --chat --lines --num_samples=8 --max_new_tokens=100 --temperature=0.8 \
         < data/raw/poems_practice.txt > "$out/practice.txt"
     run data/poems.py --pairs="$out/practice.txt"
     run prepare.py --input=data/raw/poems_own.jsonl --tokenizer="$out/tokenizer"

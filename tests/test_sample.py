@@ -336,3 +336,12 @@ def test_several_answers_to_each_question_of_a_conversation(script, tiny_run):
     greedy = script('sample.py', *how, '--temperature=0', input='Who?\nWhere?\nWho?\n').stdout
     blocks = greedy.split('-' * 40 + '\n')
     assert len(set(blocks[:3] + blocks[6:9])) == 1
+    together = script('sample.py', *how, '--temperature=0', '--lines', input='Who?\n\nWhere?\nWho?\n').stdout
+    assert together == greedy
+
+
+@pytest.mark.parametrize('typed, words', [
+    ('\n', 'no line with text'), ('Who?\n' + 999 * 'x', 'question 2 is too long')])
+def test_questions_that_cannot_be_answered_together(script, tiny_run, typed, words):
+    how = ['--chat', '--lines', '--max_new_tokens=4', f'--out_dir={tiny_run("minimind")}']
+    assert words in script('sample.py', *how, input=typed, code=2).stderr
