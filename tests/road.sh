@@ -64,6 +64,7 @@ poems() {
     out=${OUT:-out/poems} seed=${SEED:-1337}
     [ -f data/raw/poems_practice.txt ] || run data/poems.py
     run train_tokenizer.py --input=data/raw/poems.jsonl --split_han --out_dir="$out/tokenizer"
+    rm -rf data/poems data/poems_cls data/poems_sft data/ci_sft     # each stage prepares its own, by this tokenizer
 
     run pretrain.py --dataset=poems --tokenizer="$out/tokenizer" --prompt=《 --max_iters=480 --eval_interval=240 \
         --seed="$seed" --out_dir="$out/pretrain"
