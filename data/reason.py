@@ -17,11 +17,12 @@ that no training problem has, for operations that are trained.
 
 A student can also learn from the answers of a teacher alone, out/reason, to questions of training problems:
 
-    python sample.py --out_dir=out/reason --chat --lines --num_samples=2 \
-        < data/raw/reason_questions.txt > answers.txt
+    python sample.py --out_dir=out/reason --chat --lines < data/raw/reason_questions.txt > answers.txt
     python data/reason.py --taught=answers.txt      # keeps the right ones -> data/raw/reason_taught.jsonl
     python prepare.py --input=data/raw/reason_taught.jsonl --tokenizer=out/reason
     python distill.py --teacher= --dataset=reason_taught --max_new_tokens=100
+
+Beside it stands reason_same.jsonl, the set's own answers to the same questions: what a teacher is worth.
 """
 import hashlib
 import json
@@ -202,19 +203,23 @@ def tables(count=2500):
 
 
 def taught(path):
-    """Records for a student from what a teacher answers, as sample.py prints it: right answers, each once;
-    the tables; and the problems held out."""
-    real = list(problems())
-    results = {question['content']: answer['content'].partition('</think>')[2]
-               for question, answer in (record['conversations'] for record in real)}
+    """Two lists of records for a student: what a teacher answers, as sample.py prints it, where that is right,
+    each once; and the set's own answers to the same questions. In both the tables and the problems held out."""
+    real, own = list(problems()), {}
+    for record in real:
+        question, answer = (turn['content'] for turn in record['conversations'])
+        own[question] = answer
     with open(path, encoding='utf-8') as f:
         pairs = {part.strip().partition('\n')[::2] for part in f.read().split('-' * 40)} - {('', '')}
-    right = [conversation(question, answer, split='train') for question, answer in sorted(pairs)
-             if answer.startswith('<think>') and answer.partition('</think>')[2] == results.get(question)]
+    right = sorted((question, answer) for question, answer in pairs if question in own and answer.startswith(
+        '<think>') and answer.partition('</think>')[2] == own[question].partition('</think>')[2])
     if not right:
         raise ValueError(f"{path} holds no right answer to a problem of this set")
-    print(f"{len(right):,} of {len(pairs):,} different answers are right")
-    return [*right, *tables(), *(record for record in real if record['split'] == 'val')]
+    print(f"{len(right):,} of {len(pairs):,} different answers are right, "
+          f"{sum(answer == own[question] for question, answer in right):,} of them the set's own words")
+    both = right, [(question, own[question]) for question in sorted(dict(right))]
+    return [[*(conversation(*pair, split='train') for pair in pairs), *tables(),
+             *(record for record in real if record['split'] == 'val')] for pairs in both]
 
 
 def write(name, lines):
@@ -236,9 +241,10 @@ if __name__ == '__main__':
                 records = list(problems())
                 write('reason.jsonl', map(json.dumps, [*records, *tables()]))
                 write('reason_questions.txt', [record['conversations'][0]['content'] for record in records
-                                               if record['split'] == 'train'][:1500])
+                                               if record['split'] == 'train'][:6000])
             case [argument] if argument.startswith('--taught='):
-                write('reason_taught.jsonl', map(json.dumps, taught(argument.partition('=')[2])))
+                for name, records in zip(('taught', 'same'), taught(argument.partition('=')[2])):
+                    write(f'reason_{name}.jsonl', map(json.dumps, records))
             case arguments:
                 raise ValueError(f"{' '.join(arguments)}: give nothing, or --taught=FILE")
     except (OSError, ValueError) as e:

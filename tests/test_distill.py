@@ -179,10 +179,13 @@ def test_a_student_is_taught_the_right_answers_of_a_teacher(tmp_path):
     asked, others = ([message['content'] for message in record['conversations']] for record in records[:2])
     wrong = asked[1].replace('</answer>', '0</answer>')
     (tmp_path / 'a.txt').write_text(''.join('\n'.join(pair) + '\n' + line for pair in (
-        asked, asked, [asked[0], wrong], [asked[0], 'so'], [others[0], asked[1]], ['Who?', asked[1]])))
-    first, *rest = reason.taught(tmp_path / 'a.txt')
-    assert first == reason.conversation(*asked, split='train')
-    assert rest == [*reason.tables(), *(record for record in records if record['split'] == 'val')]
+        asked, asked, [asked[0], wrong], [asked[0], 'so'], [others[0], asked[1]], ['Who?', asked[1]],
+        ['Who?', '<think>'], [others[0], others[1].replace(':', ' :')])))
+    both, same = (records[:2] for records in reason.taught(tmp_path / 'a.txt'))
+    pairs = [asked, [others[0], others[1].replace(':', ' :')]]
+    assert both == [reason.conversation(*pair, split='train') for pair in sorted(pairs)]
+    assert same == [reason.conversation(*pair, split='train') for pair in sorted([asked, others])]
+    assert reason.taught(tmp_path / 'a.txt')[0][2:] == [*reason.tables(), *(record for record in records if record['split'] == 'val')]
     (tmp_path / 'b.txt').write_text('so\n')
     with pytest.raises(ValueError, match='no right answer'):
         reason.taught(tmp_path / 'b.txt')
