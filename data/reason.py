@@ -203,8 +203,9 @@ def tables(count=2500):
 
 
 def taught(path):
-    """Two lists of records for a student: what a teacher answers, as sample.py prints it, where that is right,
-    each once; and the set's own answers to the same questions. In both the tables and the problems held out."""
+    """Two lists of records for a student: what a teacher answers, as sample.py prints it, where that is
+    right, each once; and the set's own answers to the same questions. Both end with the tables and the
+    problems held out."""
     real, own = list(problems()), {}
     for record in real:
         question, answer = (turn['content'] for turn in record['conversations'])

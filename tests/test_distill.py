@@ -185,7 +185,8 @@ def test_a_student_is_taught_the_right_answers_of_a_teacher(tmp_path):
     pairs = [asked, [others[0], others[1].replace(':', ' :')]]
     assert both == [reason.conversation(*pair, split='train') for pair in sorted(pairs)]
     assert same == [reason.conversation(*pair, split='train') for pair in sorted([asked, others])]
-    assert reason.taught(tmp_path / 'a.txt')[0][2:] == [*reason.tables(), *(record for record in records if record['split'] == 'val')]
+    assert reason.taught(tmp_path / 'a.txt')[0][2:] == [
+        *reason.tables(), *(record for record in records if record['split'] == 'val')]
     (tmp_path / 'b.txt').write_text('so\n')
     with pytest.raises(ValueError, match='no right answer'):
         reason.taught(tmp_path / 'b.txt')
