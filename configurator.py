@@ -163,6 +163,9 @@ def configure(settings, only=None, **rules):
                 bare_weights(settings.get(key, '')) for key in ('init_from', 'teacher')):
             fail(f"{places['weights_config']}: weights_config is for a .pth file, or nanoGPT's ckpt.pt, as "
                  f"--init_from; all else says what it is")
+    idle = [key for key in ('min_lr', 'warmup_iters', 'lr_decay_iters') if key in places]
+    if idle and not settings.get('decay_lr', True):
+        tell(f"decay_lr=False: the rate is always {settings['learning_rate']}, {' and '.join(idle)} not used")
     if settings.get('decay_lr') and settings['min_lr'] > settings['learning_rate']:
         fail(f"min_lr={settings['min_lr']} is above learning_rate={settings['learning_rate']}: the rate "
              f"would climb; give a lower one, or --min_lr=-1 for a tenth of the rate")

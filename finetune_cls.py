@@ -156,6 +156,16 @@ def scores(matrix):
                 recall=recall.tolist(), f1=f1.tolist())
 
 
+def naive_bayes(train, split, n_labels, vocab_size):
+    """The accuracy on a split of counting alone: the label of the highest log p(label) + sum of
+    log p(token | label), one added to each count. So much tell the words without their order."""
+    counts = np.ones((n_labels, vocab_size))
+    np.add.at(counts, (np.repeat(train.labels, np.diff(train.offsets)), train.tokens), 1)
+    per_token = np.log(counts / counts.sum(1, keepdims=True)).T[split.tokens]           # (tokens, labels)
+    priors = np.log(1 + np.bincount(train.labels, minlength=n_labels))
+    return ((priors + np.add.reduceat(per_token, split.offsets[:-1])).argmax(1) == split.labels).mean()
+
+
 def print_scores(split, names, matrix, result):
     """Print the accuracy and, of each true label, the scores and how often each label was predicted."""
     width = max(6, *map(len, names))
@@ -169,13 +179,15 @@ def print_scores(split, names, matrix, result):
 
 
 def write_report(out_dir, model, run, splits, names, block_size, reads):
-    """Print the scores of each split and write them to report.json."""
+    """Print the scores of each split, and on the last what counting reaches; write them to report.json."""
     report = {}
     for name, split in splits.items():
         logits, labels = predictions(model, run, split, block_size, reads)
         matrix = confusion(logits.argmax(-1), labels, len(names))
         report[name] = dict(scores(matrix), labels=names, confusion=matrix.tolist())
         print_scores(name, names, matrix, report[name])
+    report[name]['naive_bayes'] = naive_bayes(splits['train'], split, len(names), model.config.vocab_size)
+    print(f"      accuracy {report[name]['naive_bayes']:.3f} of naive Bayes, which counts the same tokens")
     with open(os.path.join(out_dir, 'report.json'), 'w', encoding='utf-8') as f:
         json.dump(report, f, ensure_ascii=False, indent=2)
 

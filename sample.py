@@ -551,10 +551,12 @@ def prompt_that_fits(tokenizer, messages, room, thinking=False):
 
 def print_answers(model, tokenizer, questions, prompts, num_samples, max_new_tokens, generator, **how):
     """Several answers to each of many questions, 64 at a time: question, answer and a line between."""
-    questions, prompts = ([one for one in each for _ in range(num_samples)] for each in (questions, prompts))
-    found = answers(model, tokenizer, prompts, max_new_tokens, 64, generator, **how)
-    for question, (answer, _) in zip(questions, found):
-        print(question, answer, '-' * 40, sep='\n', flush=True)
+    asked = [pair for pair in zip(questions, prompts) for _ in range(num_samples)]
+    for i in range(0, len(asked), 64):
+        some, ids = zip(*asked[i:i + 64])
+        found = answers(model, tokenizer, ids, max_new_tokens, 64, generator, **how)
+        for question, (answer, _) in zip(some, found):
+            print(question, answer, '-' * 40, sep='\n', flush=True)
 
 
 def converse(model, tokenizer, system, thinking, lines, num_samples, max_new_tokens, generator=None, **how):

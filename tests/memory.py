@@ -28,11 +28,13 @@ GPUS = (8, 12, 16, 24, 40, 80)      # GB
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes of tensors made under it that are alive at once, and those of gradients among them."""
+    """The most bytes of tensors made under it that are alive at once, and those of gradients then, of which
+    each of so many ranks holds a share: with more of them another moment may be the fullest."""
 
-    def __init__(self):
+    def __init__(self, ranks=1):
         super().__init__()
-        self.alive, self.peak, self.known, self.params, self.gradients = 0, 0, set(), [], 0
+        self.ranks, self.known, self.params = ranks, set(), []
+        self.alive, self.peak, self.gradients = 0, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -48,8 +50,10 @@ class Peak(TorchDispatchMode):
         (self.known.add if n >= 0 else self.known.discard)(key)
         self.alive += n
         if self.alive > self.peak:
-            self.peak = self.alive
-            self.gradients = sum(4 * p.numel() for p in self.params if p.grad is not None)
+            whole = sum(4 * p.numel() for p in self.params if p.grad is not None)
+            own = whole // self.ranks
+            if self.alive - whole + own > self.peak:
+                self.peak, self.gradients = self.alive - whole + own, own
 
 
 def take_steps(config, vocab_size, ranks=1, params=None):
@@ -78,7 +82,7 @@ def take_steps(config, vocab_size, ranks=1, params=None):
 def step_bytes(config, vocab_size, ranks=1):
     """{part: bytes} of a step on one rank of so many under fsdp, where it is right to a fifth."""
     torch.set_num_threads(1)            # with more, experts on a CPU ask how many tokens each of them got
-    with FakeTensorMode(), Peak() as peak:
+    with FakeTensorMode(), Peak(ranks) as peak:
         model, optimizers = take_steps({**config, 'parallel': 'ddp'}, vocab_size, params=peak.params)
         weights = 4 * sum(p.numel() for p in model.parameters())
         moments = sum(t.untyped_storage().nbytes() for optimizer in optimizers
@@ -89,8 +93,7 @@ def step_bytes(config, vocab_size, ranks=1):
     if ranks > 1:
         # whole on each rank are embedding and head, and two blocks, as the next is fetched; gradients so long
         gathered = 2 * (weights - sum(blocks) + 2 * max(blocks))
-        parts.update({part: parts[part] // ranks for part in ('weights', 'gradients', 'moments')},
-                     gathered=gathered)
+        parts.update(weights=weights // ranks, moments=moments // ranks, gathered=gathered)
     return parts
 
 

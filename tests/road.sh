@@ -26,7 +26,7 @@ stage() {                           # stage WORDS KEY RUN SCRIPT OPTIONS...: run
 import json, shlex, sys
 words, key, run, *command, seconds = sys.argv[1:]
 found = [row[key] for row in map(json.loads, open(f'{run}/metrics.jsonl')) if key in row]
-marks = ' held-out answers: ', 'test  accuracy', ' well-formed '
+marks = ' held-out answers: ', 'test  accuracy', 'naive Bayes', ' well-formed '
 said = [line.strip() for line in open('out/stage.log') if any(mark in line for mark in marks)]
 print(f"| `python {shlex.join(command)}` | {int(seconds) // 60}:{int(seconds) % 60:02} | {words} | {found[0]:.3f} "
       f"| {found[-1]:.3f} | {'; '.join(said)} |")

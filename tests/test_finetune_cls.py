@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from configurator import save_checkpoint, start_run
 from finetune_cls import (add_head, batch_at, classify_texts, confusion, freeze, label_logits,
-                          load_classifier, predictions, scores)
+                          load_classifier, naive_bayes, predictions, scores)
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from prepare import Split, open_data, read_labelled, write_data
@@ -33,6 +33,23 @@ def texts(lengths):
 
 
 # ---- the classifier ----
+
+def test_naive_bayes_is_the_plain_count():
+    train = texts([5, 30, 17, 9])._replace(labels=np.array([0, 1, 2, 1]))
+    test = texts([4, 8, 3, 11, 6])._replace(labels=np.array([0, 1, 2, 1, 0]))
+    rows = [[split.tokens[a:b].tolist() for a, b in zip(split.offsets, split.offsets[1:])]
+            for split in (train, test)]
+    right = 0
+    for row, label in zip(rows[1], test.labels):
+        values = []
+        for k in range(3):
+            seen = [i for ids, own in zip(rows[0], train.labels) if own == k for i in ids]
+            values.append(np.log(1 + (train.labels == k).sum()) + sum(
+                np.log((1 + seen.count(i)) / (100 + len(seen))) for i in row))
+        right += np.argmax(values) == label
+    assert naive_bayes(train, test, 3, 100) == right / 5
+
+
 
 @pytest.mark.parametrize('kind', ['minimind', 'gpt2'])
 def test_fifty_more_tokens_of_padding_change_neither_prediction_nor_loss(kind):
@@ -132,6 +149,8 @@ def test_a_run_learns_and_then_classifies(script, tmp_path, tiny_run, moods, kin
     assert set(report) == {'train', 'val', 'test'} and report['test']['labels'] == ['glad', 'sad']
     assert report['train']['accuracy'] > 0.9 and report['test']['accuracy'] > 0.8
     assert np.sum(report['test']['confusion']) == 15
+    printed = numbers(r'accuracy (\S+) of naive', done.stdout)
+    assert printed == pytest.approx([report['test']['naive_bayes']], abs=1e-3) and printed[0] > 0.5
     printed = numbers(r'test  accuracy (\S+)', done.stdout)
     assert printed == pytest.approx([report['test']['accuracy']], abs=1e-3)
     (tmp_path / 'more.txt').write_text('today I saw the rain\n\nagain we know the song\n')
