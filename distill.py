@@ -7,7 +7,7 @@ White box: the student learns the teacher's whole distribution at each target to
 T; T^2 keeps the size of the gradient whatever T is. Black box (teacher=''): only the teacher's answers are
 known, and the loss is their cross-entropy, in which the tags <think> and <answer> weigh tag_weight times.
 
-    python distill.py                               # offline: out/sft into a student of a fifth of its size
+    python distill.py                               # offline: out/sft into a student, blocks a fifth as large
     python distill.py --teacher= --out_dir=out/alone        # the same student without a teacher
     python distill.py config/reason.py              # black box: out/sft learns to think before it answers
 
