@@ -100,16 +100,27 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         kth = logits.topk(top_k).values[:, -1:]                             # (B, 1), the smallest that stays
         logits = logits.masked_fill(logits < kth, float('-inf'))
     if top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(dim=-1)
+        p = logits.softmax(dim=-1)
+        # all that are rarer are together less than 1 - top_p: out, without being sorted, which takes long
+        n = (p > (1 - top_p) / p.size(-1)).sum(dim=-1).max().item()
+        p, index = p.topk(max(1, n))                                        # (B, n), the likeliest first
         drop = p.cumsum(dim=-1) - p >= top_p                                # what stands before reaches top_p
         drop[:, 0] = False                                                  # the likeliest always stays
-        logits = logits.masked_fill(drop.scatter(1, index, drop), float('-inf'))
+        drop = torch.ones_like(logits, dtype=torch.bool).scatter(1, index, drop)
+        logits = logits.masked_fill(drop, float('-inf'))
     p = logits.softmax(dim=-1)
     if min_p > 0:
         p = p.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), 0.0)
         p = p / p.sum(dim=-1, keepdim=True)
     return p
+
+
+def draw_token(p, generator=None):
+    """Draw a token of each row of p (B, V) -> (B,): the one at which the cumulated probability passes a
+    random number between 0 and 1 (chapter I-6)."""
+    cumulated = p.cumsum(dim=-1)
+    u = torch.rand(len(p), 1, generator=generator, device=p.device) * (1 - 2**-22)     # 1 even if rounded: no
+    return torch.searchsorted(cumulated, u * cumulated[:, -1:], right=True).squeeze(1)
 
 
 def choose(logits, seen=None, temperature=1.0, generator=None, repetition_penalty=1.0, **filters):
@@ -118,7 +129,7 @@ def choose(logits, seen=None, temperature=1.0, generator=None, repetition_penalt
         logits = penalize(logits, seen, repetition_penalty)
     if temperature < GREEDY:
         return logits.argmax(dim=-1)
-    return torch.multinomial(distribution(logits, temperature, **filters), 1, generator=generator).squeeze(1)
+    return draw_token(distribution(logits, temperature, **filters), generator)
 
 
 def candidates(logits, seen, n=10, temperature=1.0, repetition_penalty=1.0, **filters):

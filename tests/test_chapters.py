@@ -491,7 +491,7 @@ def test_I_6_greedy_and_drawing():
     p = torch.tensor([0.1, 0.3, 0.4, 0.2])
     check('cumulated', p.cumsum(0), [0.1, 0.4, 0.8, 1.0])
     check('0.35 is', torch.searchsorted(p.cumsum(0), 0.35).item(), 1)
-    check('shares of 20,000 draws', choose(p.log().expand(20_000, 4)).bincount() / 20_000, p, digits=2)
+    check('shares of 200,000 draws', choose(p.log().expand(200_000, 4)).bincount() / 200_000, p, digits=2)
 
 
 def test_I_6_temperature():

@@ -8,8 +8,8 @@ from conftest import TEXT, numbers
 
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
-from sample import (Int8Linear, PackedLinear, Stream, candidates, choose, distribution, for_decoding,
-                    generate, left_pad, penalize)
+from sample import (Int8Linear, PackedLinear, Stream, candidates, choose, distribution, draw_token,
+                    for_decoding, generate, left_pad, penalize)
 from train_tokenizer import Tokenizer
 
 CONTEXT = 48
@@ -55,6 +55,20 @@ def test_distributions_are_those_of_transformers(how):
         if how.get(name) is not None:
             expected = warper(how[name])(None, expected)
     torch.testing.assert_close(distribution(logits, **how), expected.softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+def test_equal_probabilities_leave_one_token_where_top_p_is_0():
+    assert distribution(torch.zeros(2, 3), top_p=0.0).sum(dim=-1).tolist() == [1, 1]
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says(monkeypatch):
+    p = torch.tensor([[0.0, 0.7, 0.0, 0.3, 0.0]])
+    counts = draw_token(p.expand(40_000, 5), torch.Generator().manual_seed(0)).bincount(minlength=5)
+    torch.testing.assert_close(counts / 40_000, p[0], atol=0.01, rtol=0)
+    for number, token in ((0.0, 1), (1 - 2**-24, 3)):           # the least and the largest there are
+        monkeypatch.setattr(torch, 'rand', lambda *size, number=number, **_: torch.full(size, number))
+        p = p / p.sum() * torch.tensor([[1 + 2**-23]])          # sums of probabilities are not always 1
+        assert draw_token(p).tolist() == [token]
 
 
 def test_the_repetition_penalty_is_that_of_transformers():
