@@ -30,8 +30,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from prepare import TASKS, Piece, Split, open_data, whole_text
-from pretrain import Training, blocks, read_rows, to_device, whole
-from sample import evaluating, load_start, model_of
+from pretrain import Training, read_rows, to_device, whole
+from sample import blocks, evaluating, load_start, model_of
 from train_tokenizer import load_tokenizer
 
 # the run

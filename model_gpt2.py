@@ -108,12 +108,17 @@ class KVCache:
         self.values = [like.new_zeros(shape) for _ in range(config.n_layer)]
         self.max_tokens, self.length, self.padding = max_tokens, 0, None
 
-    def append(self, layer, k, v):
-        """Store k, v (B, H, T, D) behind what is held; return all of them, (B, H, length + T, D)."""
-        end = self.length + k.size(2)
-        self.keys[layer][:, :, self.length:end] = k
-        self.values[layer][:, :, self.length:end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+    def layer(self, i):
+        """Keys and values of layer i, (B, H, max_tokens, D), and how many tokens they hold."""
+        return self.keys[i], self.values[i], self.length
+
+
+def append(past, k, v):
+    """Store k, v (B, H, T, D) behind what a layer of the cache holds; all of it is (B, H, length + T, D)."""
+    keys, values, length = past
+    end = length + k.size(2)
+    keys[:, :, length:end], values[:, :, length:end] = k, v
+    return keys[:, :, :end], values[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -126,21 +131,22 @@ class Attention(nn.Module):
                    side, are C wide again, and c_proj mixes them. The cost is that of one head of width C.
     """
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, allowed=None, cache=None):
-        """x (B, T, C) -> (B, T, C). allowed: what each query may look at; None is plain causal order."""
+    def forward(self, x, allowed=None, past=None):
+        """x (B, T, C) -> (B, T, C). allowed: what each query may look at; None is plain causal order. past:
+        the layer of the cache, to which keys and values are added."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)        # (B, T, C) -> (B, H, T, D)
                    for part in self.c_attn(x).split(C, dim=-1))
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)                          # (B, H, S, D), S = past + T
+        if past is not None:
+            k, v = append(past, k, v)                                      # (B, H, S, D), S = length + T
         # plain_attention, in a kernel that never stores the scores; dropout falls on the softmax
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None and T > 1,
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=T > 1 and allowed is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))             # (B, H, T, D) -> (B, T, C)
 
@@ -162,16 +168,16 @@ class Block(nn.Module):
     """One layer. What attention and feed-forward find is added to x, so the gradient reaches every layer
     undiminished along the sum (residual connections, He et al. 2015; chapter I-4)."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, allowed=None, cache=None):
-        x = x + self.dropout(self.attn(self.ln_1(x), allowed, cache))
+    def forward(self, x, allowed=None, past=None):
+        x = x + self.dropout(self.attn(self.ln_1(x), allowed, past))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
@@ -272,7 +278,7 @@ class GPT2(nn.Module):
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.n_positions, config.n_embd),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -302,8 +308,8 @@ class GPT2(nn.Module):
         positions, allowed = positions_and_mask(tokens, cache, segments, self.config.context)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)             # (B, T) -> (B, T, C)
         x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x, allowed, cache)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, allowed, cache and cache.layer(i))
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += tokens.size(1)

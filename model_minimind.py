@@ -201,12 +201,17 @@ class KVCache:
         self.values = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
         self.max_tokens, self.length, self.padding = max_tokens, 0, None
 
-    def append(self, layer, k, v):
-        """Store k, v (B, H_kv, T, D) behind what is held; return all of them, (B, H_kv, length + T, D)."""
-        end = self.length + k.size(2)
-        self.keys[layer][:, :, self.length:end] = k
-        self.values[layer][:, :, self.length:end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+    def layer(self, i):
+        """Keys and values of layer i, (B, H_kv, max_tokens, D), and how many tokens they hold."""
+        return self.keys[i], self.values[i], self.length
+
+
+def append(past, k, v):
+    """Store k, v (B, H_kv, T, D) behind what a layer of the cache holds; all is (B, H_kv, length + T, D)."""
+    keys, values, length = past
+    end = length + k.size(2)
+    keys[:, :, length:end], values[:, :, length:end] = k, v
+    return keys[:, :, :end], values[:, :, :end]
 
 
 def kv_cache_bytes(config, tokens, batch_size=1, bytes_per_number=4):
@@ -219,9 +224,9 @@ class Attention(nn.Module):
     """Causal self-attention in which groups of query heads share one key and value head (Ainslie et al. 2023;
     chapter II-5): num_attention_heads / num_key_value_heads times less cache than multi-head attention."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
+        self.head_dim, self.dropout = config.head_dim, config.dropout
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
@@ -232,24 +237,24 @@ class Attention(nn.Module):
         self.q_norm = norm(self.head_dim, config.rms_norm_eps)
         self.k_norm = norm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, allowed=None, cache=None):
+    def forward(self, x, cos, sin, allowed=None, past=None):
         """x (B, T, C) -> (B, T, C). cos, sin: of RoPE, None without it. allowed: what each query may look at;
-        None is plain causal order."""
+        None is plain causal order. past: the layer of the cache, to which keys and values are added."""
         B, T, _ = x.shape
         q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # (B, T, C) -> (B, heads, T, D)
                    for project in (self.q_proj, self.k_proj, self.v_proj))     # H heads of q, H_kv of k and v
         q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None:
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)                          # (B, H_kv, S, D), S = past + T
+        if past is not None:
+            k, v = append(past, k, v)                                      # (B, H_kv, S, D), S = length + T
         if T == 1:      # the queries of a group see the same keys: as its rows they read them once
             q = q.view(B, k.size(1), -1, self.head_dim)                    # (B, H_kv, H / H_kv, D)
         elif not q.is_cpu and (allowed is not None or q.dtype == torch.float32):
             # a GPU's kernel for masks or float32 knows no groups; without it all scores would be stored
             k, v = (part.repeat_interleave(q.size(1) // k.size(1), dim=1) for part in (k, v))
         # plain_attention, in a kernel that never stores the scores
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None and T > 1,
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=T > 1 and allowed is None,
                                            dropout_p=self.dropout if self.training else 0.0, enable_gqa=True)
         y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)       # (B, T, H D)
         return self.o_proj(y)                                              # (B, H, T, D) -> (B, T, C)
@@ -400,16 +405,16 @@ class MoEFeedForward(nn.Module):
 class Block(nn.Module):
     """One layer. All that changes the residual stream x is what attention and feed-forward add to it."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config, config.intermediate_size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, allowed=None, cache=None):
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, allowed, cache))
+    def forward(self, x, cos, sin, allowed=None, past=None):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, allowed, past))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -507,7 +512,7 @@ class MiniMind(nn.Module):
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
             dropout=nn.Dropout(config.dropout),
-            layers=nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)]),
+            layers=nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)]),
             norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
         ))
         if config.positions == 'learned':
@@ -545,8 +550,8 @@ class MiniMind(nn.Module):
         elif self.config.positions == 'sinusoidal':
             x = x + self.table[positions]
         x = self.model.dropout(x)
-        for block in self.model.layers:
-            x = block(x, cos, sin, allowed, cache)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, allowed, cache and cache.layer(i))
         x = self.model.norm(x)
         if cache is not None:
             cache.length += tokens.size(1)

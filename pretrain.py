@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from model_minimind import POSITIONS
 from prepare import data_folder, open_data
-from sample import MODELS, answers, evaluating, load_start
+from sample import MODELS, answers, blocks, evaluating, load_start
 from train_tokenizer import load_tokenizer
 
 # the run
@@ -401,10 +401,6 @@ def to_device(batch, device):
 
 
 # ---- a model on several ranks ----
-
-def blocks(model):
-    return model.transformer.h if model.config.model_type == 'gpt2' else model.model.layers
-
 
 def spread_over_ranks(run, config, model):
     """Give all ranks the weights of rank 0, or under fsdp a share of each (FSDP2; ZeRO-3, Rajbhandari et al.

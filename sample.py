@@ -74,9 +74,10 @@ use_cache = True            # False reads the whole text anew for each token, to
 # the machine
 device = 'auto'             # 'auto' takes cuda, then mps, then cpu
 dtype = 'auto'              # 'float32', 'bfloat16', 'float16', on a CPU 'int8'; 'auto': bfloat16 where fast
+compile = False             # torch.compile: seconds to start, then faster; most with int8 and on a GPU
 
 SPEAKING = ('chat start lines num_samples max_new_tokens stop on_full temperature top_k top_p min_p '
-            'repetition_penalty seed show_probs plot use_cache')       # settings that no export asks for
+            'repetition_penalty seed show_probs plot use_cache compile')    # settings that no export asks for
 GREEDY = 1e-5               # a temperature below is 0: float32 could not tell them apart
 MODELS = dict(gpt2=(GPT2, GPT2Config), minimind=(MiniMind, MiniMindConfig))
 HUGGING_FACE = dict(gpt2=GPT2, minimind=MiniMind, llama=MiniMind, qwen2=MiniMind, qwen3=MiniMind,
@@ -287,6 +288,11 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch_size=16, generator=
 
 # ---- the model and the prompt ----
 
+def blocks(model):
+    return model.transformer.h if model.config.model_type == 'gpt2' else model.model.layers
+
+
+
 def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0, given=()):
     """(model, tokenizer, checkpoint) of a run's folder; of a Hugging Face folder, a file of weights alone or
     an official name ('gpt2', ...), which have no checkpoint. In evaluation mode; dropout is for when it is
@@ -451,8 +457,11 @@ class PackedLinear(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach()), linear.bias
+        self.width = linear.out_features
 
     def forward(self, x):
+        if torch.compiler.is_compiling():
+            return torch.ops.from_scratch.packed_linear(x, self.weight, self.bias, self.width)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
 
 
@@ -477,6 +486,19 @@ class Int8Linear(nn.Module):
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
+
+
+def compile_blocks(model):
+    """Compile what all blocks are alike, once for all of them; twice, for a prompt and for one new token."""
+    @torch.library.custom_op('from_scratch::packed_linear', mutates_args=())
+    def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                      width: int) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+
+    # the compiler has a kernel of its own for this, but only for weights that are constants
+    packed_linear.register_fake(lambda x, weight, bias, width: x.new_empty(*x.shape[:-1], width))
+    for block in blocks(model):
+        block.compile()
 
 
 def for_decoding(model, dtype, int8=False):
@@ -779,6 +801,8 @@ if __name__ == '__main__':
     if int8 and model.config.use_moe:
         fail(f"--dtype=int8 is for dense models, {source} is a mixture of experts: choose --dtype=bfloat16")
     model = for_decoding(model, run.dtype, int8)
+    if compile:
+        compile_blocks(model)
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                repetition_penalty=repetition_penalty)
     generator = torch.Generator(run.device).manual_seed(seed)

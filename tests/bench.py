@@ -263,10 +263,13 @@ def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND, device='cpu'):
         if kind == 'int8' and device != 'cpu':
             continue
         dtype = getattr(torch, kind) if kind != 'int8' else torch.bfloat16      # which the peers take
-        ours = sample.for_decoding(copy.deepcopy(model).to(device), dtype, kind == 'int8')
+        ours, compiled = (sample.for_decoding(copy.deepcopy(model).to(device), dtype, kind == 'int8')
+                          for _ in range(2))
+        sample.compile_blocks(compiled)
         for rows, length, n in ((1, 16, new), (16, 16, new), (1, prompt, 1)):
             x = torch.randint(3, 6400, (rows, length), device=device)
-            calls = dict(ours=lambda ours=ours, x=x, n=n: list(sample.generate(ours, x, n, temperature=0)))
+            calls = {words: lambda own=own, x=x, n=n: list(sample.generate(own, x, n, temperature=0))
+                     for words, own in {'': ours, ', compiled': compiled}.items()}
             for name, peer in peers.items():
                 how = dict(eos_token_id=None) if name == 'minimind' else dict(min_new_tokens=n)
                 calls[name] = functools.partial(
@@ -277,8 +280,8 @@ def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND, device='cpu'):
             limit = (2 * size * length / matmul_rate(dtype, device) if n == 1 else
                      n * size * width / copy_rate(device))
             amount = dict(amount=rows * n, unit='tokens/s') if n > 1 else {}
-            for name in list(peers) or ['']:
-                show(what, times['ours'], times.get(name, ()), f"{name} {str(dtype)[6:]}", limit=limit,
+            for words, name in itertools.product(('', ', compiled'), list(peers) or ['-']):
+                show(what + words, times[words], times.get(name, ()), f"{name} {str(dtype)[6:]}", limit=limit,
                      **amount)
 
 

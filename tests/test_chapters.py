@@ -360,7 +360,7 @@ def test_I_3_causal_mask():
 
 def test_I_3_multi_head():
     """Four heads of 8, side by side 32: no more parameters than one head (II-5 says they multiply)."""
-    one, attention = (Attention(GPT2Config(n_embd=32, n_head=n), layer=0) for n in (1, 4))
+    one, attention = (Attention(GPT2Config(n_embd=32, n_head=n)) for n in (1, 4))
     x = torch.rand(2, 5, 32)
     check('in, out', shapes(x, attention(x)), [(2, 5, 32), (2, 5, 32)])
     q, k, v = attention.c_attn(x).split(32, dim=-1)
@@ -411,7 +411,7 @@ def test_I_4_gradients_with_and_without_shortcuts():
 
 def test_I_4_block_and_parameters():
     """What is called 124M has 163M parameters: its head is not the embedding, as it is in GPT-2."""
-    x, block = torch.rand(2, 4, 768), Block(GPT2Config(qkv_bias=False), layer=0)
+    x, block = torch.rand(2, 4, 768), Block(GPT2Config(qkv_bias=False))
     check('in, out of a block', shapes(x, block(x)), [(2, 4, 768)] * 2)
     with torch.device('meta'):
         tied, chapters = GPT2(GPT2Config()), chapters_gpt2()
@@ -764,7 +764,7 @@ def test_II_5_query_heads_share_keys():
     kernel = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     check('the kernel repeats nothing', same(y, kernel))
     for kv_heads, n in ((8, 262144), (2, 65536), (1, 32768)):
-        attention = model_minimind.Attention(MiniMindConfig(num_key_value_heads=kv_heads), layer=0)
+        attention = model_minimind.Attention(MiniMindConfig(num_key_value_heads=kv_heads))
         check(f'heads {kv_heads}, parameters of k', n_parameters(attention.k_proj), n)
 
 

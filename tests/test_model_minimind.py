@@ -484,5 +484,5 @@ def test_on_a_gpu_a_fast_kernel_fits(monkeypatch, tokens, mask, dtype, heads):
     with torch.device('meta'):
         x, cos, sin = torch.empty(2, tokens, 32, dtype=dtype), *torch.empty(2, 1, 1, tokens, 8)
         allowed = torch.empty(2, 1, tokens, tokens, dtype=torch.bool) if mask else None
-        y = Attention(config, 0).to(dtype)(x, cos, sin, allowed)
+        y = Attention(config).to(dtype)(x, cos, sin, allowed)
     assert y.shape == x.shape and seen == [heads]

@@ -5,11 +5,12 @@ import pytest
 import tokenizers
 import torch
 from conftest import TEXT, numbers
+from torch import nn
 
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
-from sample import (Int8Linear, PackedLinear, Stream, candidates, choose, distribution, draw_token,
-                    for_decoding, generate, left_pad, penalize)
+from sample import (Int8Linear, PackedLinear, Stream, candidates, choose, compile_blocks, distribution,
+                    draw_token, for_decoding, generate, left_pad, penalize)
 from train_tokenizer import Tokenizer
 
 CONTEXT = 48
@@ -206,6 +207,35 @@ def test_a_model_made_for_decoding_answers_as_before(model):
     packed = for_decoding(copy.deepcopy(model), torch.float32)
     assert torch.equal(torch.stack(list(generate(packed, tokens, 30, temperature=0))), expected)
     assert [*model.state_dict()] == names
+
+
+@pytest.mark.parametrize('dtype, int8', [(torch.float32, False), (torch.bfloat16, True)])
+def test_compiled_blocks_answer_as_before_by_few_graphs(model, monkeypatch, dtype, int8):
+    """Those of a prompt and of a new token, each again when it has met another length: not one for each layer
+    and token."""
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    graphs, compile = [], nn.Module.compile
+    monkeypatch.setattr(nn.Module, 'compile', lambda self: compile(self, backend=count))
+    torch.compiler.reset()
+    model = for_decoding(copy.deepcopy(model), dtype, int8)
+    tokens = [torch.randint(211, (2, n)) for n in (9, 12, 5)]
+    expected, compiled = [], []
+    for found in (expected, compiled):
+        for prompt in tokens:
+            found.append(torch.stack(list(generate(model, prompt, 20, temperature=0))))
+        compile_blocks(model)
+    assert all(map(torch.equal, expected, compiled)) and len(graphs) <= 5
+
+
+def test_the_script_decodes_compiled(script, tiny_run):
+    how = [f"--out_dir={tiny_run('minimind')}", '--device=cpu', '--temperature=0', '--max_new_tokens=9']
+    try:
+        done = script('sample.py', *how, '--dtype=float32', '--compile', process=True)
+    except AssertionError as e:
+        pytest.skip(f"no compiler here: {e}") if 'InvalidCxxCompiler' in str(e) else pytest.fail(str(e))
+    assert done.stdout == script('sample.py', *how, '--dtype=float32', process=True).stdout
 
 
 def test_routers_and_experts_stay_as_they_are():
