@@ -265,6 +265,7 @@ def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND, device='cpu'):
         dtype = getattr(torch, kind) if kind != 'int8' else torch.bfloat16      # which the peers take
         ours, compiled = (sample.for_decoding(copy.deepcopy(model).to(device), dtype, kind == 'int8')
                           for _ in range(2))
+        torch.compiler.reset()                  # or graphs of other dtypes count, and there may be eight
         sample.compile_blocks(compiled)
         for rows, length, n in ((1, 16, new), (16, 16, new), (1, prompt, 1)):
             x = torch.randint(3, 6400, (rows, length), device=device)
