@@ -490,13 +490,13 @@ class Int8Linear(nn.Module):
 
 def compile_blocks(model):
     """Compile what all blocks are alike, once for all of them; twice, for a prompt and for one new token."""
-    @torch.library.custom_op('from_scratch::packed_linear', mutates_args=())
-    def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                      width: int) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
-
-    # the compiler has a kernel of its own for this, but only for weights that are constants
-    packed_linear.register_fake(lambda x, weight, bias, width: x.new_empty(*x.shape[:-1], width))
+    if not hasattr(torch.ops.from_scratch, 'packed_linear'):
+        # the compiler has a kernel of its own for this product, but only for weights that are constants
+        @torch.library.custom_op('from_scratch::packed_linear', mutates_args=())
+        def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                          width: int) -> torch.Tensor:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+        packed_linear.register_fake(lambda x, weight, bias, width: x.new_empty(*x.shape[:-1], width))
     for block in blocks(model):
         block.compile()
 
@@ -592,7 +592,8 @@ def print_answers(model, tokenizer, questions, prompts, num_samples, max_new_tok
             print(question, answer, '-' * 40, sep='\n', flush=True)
 
 
-def converse(model, tokenizer, system, thinking, lines, num_samples, max_new_tokens, generator=None, **how):
+def converse(model, tokenizer, system, thinking, num_samples, max_new_tokens, generator=None, lines=False,
+             **how):
     """Answer what is typed, on and on. All of it is text: "<|im_end|>" typed by a user ends nothing. With
     several answers to each question none is remembered, and none of `lines`, which are answered together."""
     tokenizer.take_own_layout()
@@ -807,7 +808,7 @@ if __name__ == '__main__':
                repetition_penalty=repetition_penalty)
     generator = torch.Generator(run.device).manual_seed(seed)
     if chat:
-        converse(model, tokenizer, system, thinking, lines, num_samples, max_new_tokens, generator, **how)
+        converse(model, tokenizer, system, thinking, num_samples, max_new_tokens, generator, lines, **how)
         sys.exit()
     context = model.config.context
     text = read_prompt(start)

@@ -1,4 +1,6 @@
 """tests/memory.py: what it says without taking memory is what torch's profiler measures."""
+import gc
+
 import pytest
 from conftest import ROOT, numbers
 from memory import step_bytes, take_steps
@@ -14,6 +16,7 @@ CONFIG = {**{key: value for key, value in vars(pretrain).items() if type(value) 
 
 def measured(config, ranks=1):
     """The most bytes that the allocator had given out at once."""
+    gc.collect()                                # what other tests left would be freed meanwhile, and count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         take_steps(config, 1000, ranks)
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == '[memory]']
