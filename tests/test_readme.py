@@ -24,14 +24,17 @@ sys.path.insert(0, str(ROOT))
 from configurator import LOOP, NAMES, settings_in  # noqa: E402  (the line above makes it importable)
 from train_tokenizer import Tokenizer, train_bpe  # noqa: E402
 
-PROGRAMS = ('python', 'torchrun', 'bash', 'pip', 'npm', 'hf', 'vllm', 'ollama', 'cd', 'MINIMIND=CLONE')
+PROGRAMS = ('python', 'torchrun', 'bash', 'pip', 'npm', 'hf', 'vllm', 'ollama', 'cd', 'git', 'mkdir',
+            'MINIMIND=CLONE')
 # what is not run, and why, by how it begins
 ELSEWHERE = {
     'pip': ".ci/run installs", 'npm': "needs the network", 'hf': "needs the network", 'cd': "npm's",
+    'git': "needs the network", 'mkdir': "npm's",
     'bash tests/road.sh poems': "wants the archive: half an hour, walked by hand",
     'python sample.py --out_dir=out/poems': "so does this",
     'python data/poems.py': "tests/test_poems.py has an archive of its own",
     'python sample.py --init_from=smol': "tests/test_smollm2.py",
+    'python tests/fuzz.py': "tests/test_opening.py, a tenth as long",
     'vllm': "a server of its own: the table below it was measured by hand",
     'ollama': "was not at hand, and the README says so",
     'python -m pytest': ".ci/run", 'MINIMIND=CLONE': "wants a clone of MiniMind",
@@ -40,7 +43,7 @@ ELSEWHERE = {
     'python pretrain.py config/gpt2_124m.py': "downloads GPT-2's tokenizer",
     'torchrun --nproc_per_node=8 pretrain.py config/gpt2_124m.py': "so does this",
     'python prepare.py --input=nanoGPT': "and this",
-    'python pretrain.py config/verdict.py': "downloads the story",
+    'python pretrain.py config/verdict.py': "downloads the story", 'python data/download.py': "downloads",
     'python pretrain.py config/shakespeare_char.py': "downloads the plays"}
 # fewer steps, of the settings that a script has
 LESS = dict(max_iters=2, eval_interval=2, eval_iters=1, epochs=0, batch_size=2, report_size=2,
@@ -115,8 +118,8 @@ def copy_of_the_project(folder):
     return copy
 
 
-def run_in(copy, command, **how):
-    env = {**ONE_THREAD, 'STEPS': '2', 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+def run_in(copy, command, env=os.environ, **how):
+    env = {**env, 'STEPS': '2', 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, **how)
 
 
@@ -151,7 +154,7 @@ def test_both_readmes_have_the_same_sections():
 
 def test_the_road_is_walked_by_one_command(tmp_path):
     copy = copy_of_the_project(tmp_path)
-    done = run_in(copy, ['bash', 'tests/road.sh'])
+    done = run_in(copy, ['bash', 'tests/road.sh'], ONE_THREAD)
     assert done.returncode == 0, done.stderr
     rows = (copy / 'out' / 'road.md').read_text().splitlines()[2:]
     assert [re.search('`python (.*?)`', row)[1] for row in rows] == [
