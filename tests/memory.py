@@ -49,7 +49,7 @@ class Peak(TorchDispatchMode):
     def count(self, key, n):
         (self.known.add if n >= 0 else self.known.discard)(key)
         self.alive += n
-        if self.alive > self.peak:
+        if n > 0 and self.alive > self.peak:            # while a gradient is freed, it must not be touched
             whole = sum(4 * p.numel() for p in self.params if p.grad is not None)
             own = whole // self.ranks
             if self.alive - whole + own > self.peak:

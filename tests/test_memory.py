@@ -45,6 +45,13 @@ def test_it_is_what_a_profiler_measures(changes, dtype):
     assert least <= parts['moments'] / parts['weights'] < least + 0.5
 
 
+def test_with_more_ranks_another_moment_may_be_the_fullest():
+    """Of gradients, which are shared out, each rank holds little: then activations count."""
+    config = {**CONFIG, 'model': 'gpt2', 'activation_checkpointing': True, 'batch_size': 1}
+    alone, of_many = (step_bytes(config, 1000, ranks) for ranks in (1, 8))
+    assert of_many['activations'] > alone['activations'] and of_many['gradients'] < alone['gradients'] / 8
+
+
 def test_the_memory_of_a_config_is_a_line(script):
     line = script('tests/memory.py', 'config/gpt2_124m.py', '--batch_size=4', '--optimizer=muon',
                   '--activation_checkpointing', process=True).stdout

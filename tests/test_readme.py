@@ -35,6 +35,7 @@ ELSEWHERE = {
     'python data/poems.py': "tests/test_poems.py has an archive of its own",
     'python sample.py --init_from=smol': "tests/test_smollm2.py",
     'python tests/fuzz.py': "tests/test_opening.py, a tenth as long",
+    'python tests/kill.py': "three minutes, by hand; tests/test_pretrain.py kills one run",
     'vllm': "a server of its own: the table below it was measured by hand",
     'ollama': "was not at hand, and the README says so",
     'python -m pytest': ".ci/run", 'MINIMIND=CLONE': "wants a clone of MiniMind",
@@ -108,10 +109,11 @@ def copy_of_the_project(folder):
             (copy / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy / file.relative_to(ROOT))
     (copy / 'novel.txt').write_text(TEXT * 40)
-    (copy / 'pretrain_t2t_mini.jsonl').write_text(f'{{"text": {json.dumps(TEXT)}}}\n' * 40)
-    turns = [dict(role='user', content="Who keeps the light?"), dict(role='assistant', content="A keeper.")]
-    for name in 'chats', 'sft_t2t_mini':
-        (copy / f'{name}.jsonl').write_text(f'{json.dumps(dict(conversations=turns))}\n' * 40)
+    texts = [dict(text=f"{i}. {TEXT}") for i in range(100)]
+    chats = [dict(conversations=[dict(role='user', content=f"Who keeps light {i}?"),
+                                 dict(role='assistant', content=f"Keeper {i}.")]) for i in range(100)]
+    for name, records in dict(pretrain_t2t_mini=texts, sft_t2t_mini=chats, chats=chats).items():
+        (copy / f'{name}.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
     (copy / 'THEIR_FILE.py').write_text("out_dir = 'out-theirs'\ndataset = 'novel'\nlr_decay_iters = 9\n"
                                         "n_layer = 1\nn_head = 2\nn_embd = 32\nblock_size = 64\n")
     Tokenizer(train_bpe([TEXT] * 5, 350)).save(copy / 'minimind' / 'model')
@@ -166,7 +168,8 @@ def test_the_road_is_walked_by_one_command(tmp_path):
 if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as folder:
         copy, failed = copy_of_the_project(Path(folder)), 0
-        run_in(copy, 'python prepare.py --input=novel.txt --dataset=mytext', shell=True, check=True)
+        prepare = 'python prepare.py --input=novel.txt --dataset=mytext --tokenizer=minimind/model'
+        run_in(copy, prepare, shell=True, check=True)
         for command, name in commands().items():
             if why := not_run(command):
                 print(f"{command}\n    not run: {why}")
