@@ -262,14 +262,16 @@ def limits(poems):
 
 def samples_of(path):
     """Yield (name, order, text) of a file: report.json of a stage, records as poems.py writes them, or text
-    as sample.py prints it, with a row of dashes or an empty one between poems, each perhaps below its order.
-    ValueError: it is none."""
+    as sample.py prints it, rows of dashes between poems, or where it has none empty rows, each poem perhaps
+    below its order. ValueError: it is none."""
     with open(path, encoding='utf-8') as f:
         content, found = f.read(), []
     if not path.endswith(('.json', '.jsonl')):
-        for part in filter(str.strip, re.split(r'-{40}\n|\n\s*\n', content)):
+        between = r'-{40}\n' if '-' * 40 in content else r'\n\s*\n'
+        for part in filter(str.strip, re.split(between, content)):
             first, _, rest = part.strip().partition('\n')
-            found.append(('text', first, rest) if rest and read_order(first) else ('text', '', part))
+            is_order = rest and not first.startswith('《') and read_order(first)         # else a title
+            found.append(('text', first, rest) if is_order else ('text', '', part))
     else:
         try:
             rows = json.loads(content) if path.endswith('.json') else map(json.loads, content.splitlines())

@@ -310,7 +310,7 @@ def test_a_file_of_samples_is_judged_beside_ceiling_and_floor(raw, script, tmp_p
         shutil.copy(ROOT / 'data' / f'{name}.py', copy)
     report = [dict(prompt='user\n写一首五言绝句\n', expected=POEM, answer=text) for text in (POEM, '春')]
     files = {'report.json': json.dumps(report), 'texts.jsonl': json.dumps(dict(text=POEM)),
-             'samples.txt': f'登楼\n{POEM}\n{"-" * 40}\n{POEM}\n\n春\n'}
+             'samples.txt': ('-' * 40 + '\n').join([f'登楼\n{POEM}\n', f'{POEM}\n', '春\n'])}
     shares = {}
     for name, content in files.items():
         (tmp_path / name).write_text(content)
@@ -365,6 +365,15 @@ def test_the_page_shows_each_stage_to_the_same_orders(raw, script, tmp_path):
     for argument, words in ('raw', 'no run with a samples.txt'), ('--help', 'give the folder'):
         (tmp_path / 'raw').mkdir(exist_ok=True)
         assert words in script(copy / 'poems_page.py', argument, code=2).stderr
+
+
+def test_a_title_is_no_order_and_an_empty_row_no_end(tmp_path):
+    line = '-' * 40 + '\n'
+    (tmp_path / 'a.txt').write_text(f'《五言绝句》\n{POEM}\n{line}写一首五言绝句\n{POEM}\n\n{POEM}\n{line}')
+    assert form_py.samples_of(str(tmp_path / 'a.txt')) == [
+        ('text', '', f'《五言绝句》\n{POEM}\n'), ('text', '写一首五言绝句', f'{POEM}\n\n{POEM}')]
+    (tmp_path / 'a.txt').write_text(f'{POEM}\n\n{POEM}')
+    assert len(form_py.samples_of(str(tmp_path / 'a.txt'))) == 2
 
 
 @pytest.mark.parametrize('name, content', [
