@@ -2,7 +2,7 @@
 
     python tests/test_readme.py             # in a copy, one after the other, with fewer steps where it trains
 
-CI calls this too: ten minutes on two cores.
+CI calls this too: a quarter of an hour on two cores.
 """
 import json
 import os
