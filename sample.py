@@ -128,6 +128,8 @@ def choose(logits, seen=None, temperature=1.0, generator=None, repetition_penalt
     """Pick the next token of each row: logits (B, V) -> tokens (B,). The penalty is for seen (B, S)."""
     if repetition_penalty != 1 and seen is not None:
         logits = penalize(logits, seen, repetition_penalty)
+    if not logits.amax(dim=-1).isfinite().all():        # any token would do for one
+        fail("the model's logits are not finite: try --dtype=float32, or --dtype=bfloat16", code=1)
     if temperature < GREEDY:
         return logits.argmax(dim=-1)
     return draw_token(distribution(logits, temperature, **filters), generator)
@@ -289,8 +291,8 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch_size=16, generator=
 # ---- the model and the prompt ----
 
 def blocks(model):
+    """The layers of a model of either kind, in their order."""
     return model.transformer.h if model.config.model_type == 'gpt2' else model.model.layers
-
 
 
 def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0, given=()):

@@ -89,6 +89,14 @@ def test_no_temperature_breaks_it(temperature):
         assert set(tokens.tolist()) == {0}
 
 
+@pytest.mark.parametrize('temperature', [0, 1.0])
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_logits_that_are_no_numbers_end_in_a_line(temperature, value, capsys):
+    with pytest.raises(SystemExit) as end:
+        choose(torch.tensor([[1.0, 2.0], [value, 1.0]]), temperature=temperature)
+    assert end.value.code == 1 and 'not finite' in capsys.readouterr().err
+
+
 def test_candidates_name_the_filter_that_removed_them():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04]).log()[None]
     table = candidates(logits, torch.tensor([[0]]), n=4, temperature=1.0, top_k=4, top_p=0.65, min_p=0.8)
