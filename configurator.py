@@ -175,8 +175,7 @@ def configure(settings, only=None, **rules):
             check_replaces(settings['out_dir'], os.path.basename(settings['__file__']))
     if settings.get('wandb_log') and not any(map(importlib.util.find_spec, TRACKERS)):
         fail("wandb_log=True needs a package: pip install wandb, or swanlab")
-    compilers = os.environ.get('CXX') or 'g++', 'gcc', 'clang++', 'cl'
-    if settings.get('compile') and not any(map(shutil.which, compilers)):
+    if settings.get('compile') and not has_compiler():
         fail("compile=True needs a C++ compiler, which is not here: install g++, or leave it out")
     rows = settings.get('batch_size', 1) * settings.get('gradient_accumulation_steps', 1)
     ranks, fsdp = int(os.environ.get('WORLD_SIZE', 1)), settings.get('parallel') == 'fsdp'
@@ -232,6 +231,11 @@ def read_arguments(settings, keys, rules):
             for key, (value, where) in found.items():
                 give(key, anchored(value), where)
     return given, places, base
+
+
+def has_compiler():
+    """Whether there is a compiler for what torch.compile writes."""
+    return any(map(shutil.which, (os.environ.get('CXX') or 'g++', 'gcc', 'clang++', 'cl')))
 
 
 def tell(line, file=None):

@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402  (the line above makes it importable)
-from configurator import start_run  # noqa: E402
+from configurator import has_compiler, start_run  # noqa: E402
 from dpo import answer_log_probs, batch_at, dpo_loss  # noqa: E402
 from prepare import read_pieces, read_split, write_data  # noqa: E402
 from pretrain import (flops_per_token, make_optimizers, new_model, target_positions,  # noqa: E402
@@ -263,14 +263,15 @@ def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND, device='cpu'):
         if kind == 'int8' and device != 'cpu':
             continue
         dtype = getattr(torch, kind) if kind != 'int8' else torch.bfloat16      # which the peers take
-        ours, compiled = (sample.for_decoding(copy.deepcopy(model).to(device), dtype, kind == 'int8')
-                          for _ in range(2))
+        ours = {words: sample.for_decoding(copy.deepcopy(model).to(device), dtype, kind == 'int8')
+                for words in ['', *[', compiled'] * has_compiler()]}
         torch.compiler.reset()                  # or graphs of other dtypes count, and there may be eight
-        sample.compile_blocks(compiled)
+        if ', compiled' in ours:
+            sample.compile_blocks(ours[', compiled'])
         for rows, length, n in ((1, 16, new), (16, 16, new), (1, prompt, 1)):
             x = torch.randint(3, 6400, (rows, length), device=device)
             calls = {words: lambda own=own, x=x, n=n: list(sample.generate(own, x, n, temperature=0))
-                     for words, own in {'': ours, ', compiled': compiled}.items()}
+                     for words, own in ours.items()}
             for name, peer in peers.items():
                 how = dict(eos_token_id=None) if name == 'minimind' else dict(min_new_tokens=n)
                 calls[name] = functools.partial(
@@ -281,7 +282,7 @@ def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND, device='cpu'):
             limit = (2 * size * length / matmul_rate(dtype, device) if n == 1 else
                      n * size * width / copy_rate(device))
             amount = dict(amount=rows * n, unit='tokens/s') if n > 1 else {}
-            for words, name in itertools.product(('', ', compiled'), list(peers) or ['-']):
+            for words, name in itertools.product(ours, list(peers) or ['-']):
                 show(what + words, times[words], times.get(name, ()), f"{name} {str(dtype)[6:]}", limit=limit,
                      **amount)
 

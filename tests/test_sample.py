@@ -1,6 +1,5 @@
 """sample.py: each way of decoding against transformers, batches, overflow, streaming, and its mistakes."""
 import copy
-import shutil
 
 import pytest
 import tokenizers
@@ -8,6 +7,7 @@ import torch
 from conftest import TEXT, numbers
 from torch import nn
 
+from configurator import has_compiler
 from model_gpt2 import GPT2, GPT2Config
 from model_minimind import MiniMind, MiniMindConfig
 from sample import (Int8Linear, PackedLinear, Stream, candidates, choose, compile_blocks, distribution,
@@ -242,7 +242,7 @@ def test_the_script_decodes_compiled(script, tiny_run):
     how = [f"--out_dir={tiny_run('minimind')}", '--temperature=0', '--max_new_tokens=9', '--dtype=float32']
     where = dict(env={'PATH': '', 'CXX': ''}, code=2)
     assert 'needs a C++ compiler' in script('sample.py', *how, '--compile', **where).stderr
-    if not any(map(shutil.which, ('g++', 'clang++', 'cl'))):
+    if not has_compiler():
         pytest.skip("no C++ compiler here")
     compiled, eager = (script('sample.py', '--device=cpu', *how, *more, process=True).stdout
                        for more in (['--compile'], []))
