@@ -409,12 +409,19 @@ def print_help(settings, keys):
         print(f"  {key + '=' + repr(settings[key]):32} {comments.get(key, '')}")
 
 
+def end_process(code):
+    """End the process as it is: to take Python down aborts one whose native threads still hold tensors."""
+    atexit._run_exitfuncs()                             # they take away what is half written
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
 def last_words(keys, kind, error, trace):
     """Ctrl-C, a reader that has gone (`| head`), memory or disk that is full: one line, and no traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)
-        atexit._run_exitfuncs()                         # they take away what is half written
-        os._exit(130)
+        end_process(130)
     if issubclass(kind, BrokenPipeError):
         os._exit(141)
     try:
@@ -477,6 +484,15 @@ class Run:
     def barrier(self):
         if self.world_size > 1:
             dist.barrier()
+
+    def end(self, code=0):
+        """End the process; among ranks, when all are done: gloo aborts one that leaves while others work, and
+        one whose group a model in pieces, or torch itself, still holds when Python comes down."""
+        if self.world_size > 1:
+            self.barrier()
+            dist.destroy_process_group()
+            end_process(code)
+        sys.exit(code)
 
     def sum(self, *numbers):
         """Each number summed over the ranks, as a list of floats."""

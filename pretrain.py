@@ -23,7 +23,6 @@ import functools
 import math
 import re
 import signal
-import sys
 import time
 from contextlib import ExitStack, nullcontext
 from shlex import quote
@@ -354,10 +353,7 @@ class Training:
             if saved != self.last:
                 self.say(f"step {saved:,} is kept, of the lowest held-out loss {self.lowest:.4f}")
             self.say(f"done in {clock(time.time() - self.began)}; {goodbye}")
-        if self.run.world_size > 1:
-            self.run.barrier()      # a rank that leaves while rank 0 still draws is aborted by gloo
-            dist.destroy_process_group()
-        sys.exit(128 + self.signal if self.stopping else 0)
+        self.run.end(128 + self.signal if self.stopping else 0)
 
 
 def learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters):

@@ -60,15 +60,14 @@ def test_the_memory_of_a_config_is_a_line(script):
 
 
 RANKS = """
-import torch.distributed as dist
+from configurator import start_run
 from test_memory import CONFIG, measured
-dist.init_process_group('gloo')
+run = start_run('cpu', 'float32')
 config = {**CONFIG, 'model': 'gpt2', 'n_layer': 6, 'parallel': 'fsdp', 'activation_checkpointing': True}
 peak = measured(config, ranks=2)
-if dist.get_rank() == 0:
+if run.rank == 0:
     print('peak', peak)
-dist.barrier()
-dist.destroy_process_group()
+run.end()
 """
 
 

@@ -22,8 +22,10 @@ SMALL = ['--block_size=48', '--max_iters=4', '--eval_interval=2', '--log_interva
          '--dtype=float32', '--warmup_iters=0', '--learning_rate=1e-3']
 # to start ranks takes longer than such a run: all runs of a test share them
 RANKS = """
-import json, runpy, sys
+import json, os, runpy, sys
+import configurator
 import torch.distributed as dist
+configurator.end_process = sys.exit
 start, end = dist.init_process_group, dist.destroy_process_group
 dist.init_process_group = lambda backend: dist.is_initialized() or start(backend)
 dist.destroy_process_group = lambda: None
@@ -34,6 +36,7 @@ for arguments in json.loads(sys.argv[1]):
     except SystemExit as done:
         assert not done.code, arguments
 end()
+os._exit(0)                         # as configurator.end_process
 """
 
 
