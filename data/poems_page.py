@@ -6,6 +6,7 @@ The road of the poems as a page: what each stage wrote to the same orders, marke
 samples.txt is what sample.py prints, poems or orders with their poems. `bash tests/road.sh poems` makes them.
 """
 import html
+import itertools
 import os
 import sys
 
@@ -14,14 +15,18 @@ from poetry_form import COLUMNS, limits, load_judge, samples_of, shares
 
 WORDS = dict(form='合体裁', order='合要求', rhyme='押韵', line_tones='句合平仄', tones='全诗合律',
              copied='抄句')
-COLOURS = '#c8c2b4 #7a9e9f #c0703c #8c3b2e #51688c #6b8e4e #9a6fa0 #3d3d3d'.split()
+COLOURS = '#c8c2b4 #7a9e9f #c0703c #8c3b2e #51688c #6b8e4e #9a6fa0 #3d3d3d #d9a441'.split()
+STAGES = dict(真诗='没有参加训练', pretrain='预训练', sft='指令微调', dpo='按偏好对齐', ci_lora='填词，LoRA',
+              ci_sft='填词，全参数微调', student='小模型，有老师', alone='小模型，没有老师',
+              taught='小模型，只读老师写的诗')
 STYLE = """body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; background: #faf7f0; color: #222;
   font: 16px/1.7 'Songti SC', 'Noto Serif CJK SC', SimSun, serif } h1, h2 { font-weight: normal }
 table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: right; font-weight: normal }
 th:first-child, td:first-child { text-align: left } tr:first-child { border-bottom: 1px solid #999 }
 .poems { display: flex; flex-wrap: wrap; gap: .8rem } .poems > div { background: #fff; padding: .6rem 1rem;
   border: 1px solid #e4ddcc; white-space: pre-line } small { color: #777; font-size: .75rem }
-.yes { color: #4a7a3a } .no { color: #b04030 }"""
+svg { display: block; margin-top: 1.5rem } .yes { color: #4a7a3a }
+.no { color: #b04030 } .yes::before { content: '✓' } .no::before { content: '×' }"""
 
 
 def picture(table):
@@ -34,10 +39,7 @@ def picture(table):
             bars.append(f'<rect x="{i * step + j * width}" y="{180 - height:.1f}" width="{width - 1}" '
                         f'height="{height:.1f}" fill="{COLOURS[j % len(COLOURS)]}"/>')
         bars.append(f'<text x="{i * step}" y="198" font-size="13">{word}</text>')
-    for j, name in enumerate(table):
-        bars.append(f'<text x="{j * 95}" y="12" font-size="13" fill="{COLOURS[j % len(COLOURS)]}">'
-                    f'■ {html.escape(name)}</text>')
-    return f'<svg viewBox="0 0 780 204">{"".join(bars)}</svg>'
+    return f'<svg viewBox="0 16 780 188">{"".join(bars)}</svg>'
 
 
 def poem_box(judge, name, order, text):
@@ -56,9 +58,10 @@ def page(judge, real, stages, n=10):
     samples += [(name, order, text) for name, found in stages.items() for order, text in found]
     table, parts = shares(judge, samples), []
     rows = [['', '首数', *(f'{WORDS[mark]}<br><small>{COLUMNS[mark]}</small>' for mark in WORDS)]]
-    for name, (count, marks) in table.items():
+    for colour, (name, (count, marks)) in zip(itertools.cycle(COLOURS), table.items()):
         row = [f'{marks[mark]:.1%}' if mark in marks else '–' for mark in WORDS]
-        rows.append([html.escape(name), f'{count:,}', *row])
+        rows.append([f'<span style="color: {colour}">■</span> {html.escape(name)} '
+                     f'<small>{STAGES.get(name, "")}</small>', f'{count:,}', *row])
     for name, found in stages.items():
         if not found[0][0]:
             boxes = ''.join(poem_box(judge, '', *one) for one in found[:n])
@@ -72,7 +75,8 @@ def page(judge, real, stages, n=10):
     cells = ''.join('<tr>' + ''.join(f'<{tag}>{cell}</{tag}>' for cell in row) + '</tr>'
                     for tag, row in zip(['th', *['td'] * len(rows)], rows))
     return (f'<!doctype html><html lang="zh"><meta charset="utf-8"><title>诗</title><style>{STYLE}</style>'
-            f'<h1>从零开始学写诗</h1><table>{cells}</table>{picture(table)}{"".join(parts)}</html>\n')
+            '<h1>从零开始学写诗</h1><p>对同样的要求，每个阶段写出的诗，按格律打分。</p>'
+            f'<table>{cells}</table>{picture(table)}{"".join(parts)}</html>\n')
 
 
 if __name__ == '__main__':
