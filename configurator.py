@@ -48,6 +48,8 @@ def fail(message, code=2):
     rank = f" (rank {os.environ['RANK']})" if os.environ.get('RANK', '0') != '0' else ''
     line = ' '.join(message.splitlines())               # a name or a value may hold line ends
     print(f"{os.path.basename(sys.argv[0])}{rank}: {line}", file=sys.stderr, flush=True)
+    if 'dist' in globals() and dist.is_initialized():   # see Run.end
+        end_process(code)
     sys.exit(code)
 
 

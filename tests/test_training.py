@@ -420,6 +420,16 @@ __import__('builtins').kept = _Kept()
     assert same(cut, weights(tmp_path / 'whole'))
 
 
+def test_a_rank_that_fails_has_its_exit_code(monkeypatch, capsys):
+    """Python is not taken down, see Run.end: with SIGABRT it would end with another code."""
+    codes = []
+    monkeypatch.setattr(configurator.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(configurator, 'end_process', codes.append)
+    with pytest.raises(SystemExit):
+        fail('step 7: the loss is nan', code=1)
+    assert codes == [1] and 'step 7: the loss is nan' in capsys.readouterr().err
+
+
 # ---- the step, held to its formula ----
 
 def test_each_group_of_parameters_has_its_own_rate(tmp_path):
