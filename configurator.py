@@ -139,8 +139,8 @@ def configure(settings, only=None, **rules):
     """Override a script's settings from config files and the command line; return them all as a dict.
 
     settings  globals() of the script: every lower-case name that holds a bool, int, float or str is a setting
-    only      {condition: names}: these settings apply only under 'model=gpt2', 'teacher' (it is not empty) or
-              '!chat' (it is)
+    only      {condition: names}: these settings apply only under 'model=gpt2', 'layout=packed|padded',
+              'teacher' (it is not empty) or '!chat' (it is)
     rules     what the script's own settings may be: at_least(0), between(0, 1), one_of('a', 'b')
     With init_from='resume' the settings of the interrupted run stand in for the defaults.
     """
@@ -292,7 +292,8 @@ def check_apply(settings, places, only):
     for condition, names in only.items():
         key, equals, value = condition.removeprefix('!').partition('=')
         if equals:
-            applies, words = str(settings[key]) == value, f"only with --{condition}"
+            applies = str(settings[key]) in value.split('|')
+            words = f"only with --{condition.replace('|', ' or ')}"
         elif condition[0] == '!':
             applies, words = not settings[key], f"not with --{key}"
         else:
@@ -524,6 +525,7 @@ def start_run(device='auto', dtype='auto', seed=0):
         fail(f"device={device!r} does not work here ({reason}); device='auto' takes what there is")
     if device.type == 'cuda':
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)     # makes a plan for each new length
     if world_size > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
     if dtype == 'auto':

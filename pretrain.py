@@ -366,8 +366,8 @@ def learning_rate_at(step, learning_rate, min_lr, warmup_iters, max_iters):
 
 
 # What GPUs multiply at most in bfloat16 or float16, in flop per second, by patterns of their names.
-PEAKS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'H800': 989e12, 'A100': 312e12, 'A800': 312e12,
-         'L40S': 362e12, 'RTX 4090$': 165e12, 'RTX 3090$': 71e12}
+PEAKS = {'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H200': 989e12, 'H800': 989e12,
+         'A100': 312e12, 'A800': 312e12, 'L40S': 362e12, 'RTX 4090$': 165e12, 'RTX 3090$': 71e12}
 
 
 def peak_flops(run):
@@ -403,7 +403,10 @@ def spread_over_ranks(run, config, model):
     2020). Returns the modules whose weights are then gathered together, a block each, and the rest."""
     for block in blocks(model) if config['activation_checkpointing'] else ():
         moe = dict(context_fn=functools.partial(contexts, block.mlp)) if model.config.use_moe else {}
-        block.forward = functools.partial(recompute, block.forward, use_reentrant=False, **moe)
+        # the compiler gives up a model where fsdp or a mixture stands around such a block: so each by itself
+        forward = torch.compile(block.forward) if config['compile'] else block.forward
+        block.forward = functools.partial(keep_inputs, block.forward, functools.partial(
+            recompute, forward, use_reentrant=False, **moe))
     if run.world_size > 1:
         for tensor in model.state_dict().values():          # every rank drew its own
             dist.broadcast(tensor, 0)
@@ -412,6 +415,11 @@ def spread_over_ranks(run, config, model):
     from torch.distributed.fsdp import fully_shard          # here, as it takes a second to import
     mesh = dist.init_device_mesh(run.device.type, (run.world_size,))
     return [fully_shard(module, mesh=mesh) for module in (*blocks(model), model)]
+
+
+def keep_inputs(forward, twice, *inputs):
+    """A block's forward; with gradients twice, so that in between only its inputs are kept."""
+    return (twice if torch.is_grad_enabled() else forward)(*inputs)
 
 
 def contexts(moe):

@@ -120,6 +120,8 @@ def draw_token(p, generator=None):
     """Draw a token of each row of p (B, V) -> (B,): the one at which the cumulated probability passes a
     random number between 0 and 1 (chapter I-6)."""
     cumulated = p.cumsum(dim=-1)
+    if p.is_cuda:       # there a sum of pieces may grow where p is 0, too
+        cumulated = cumulated.masked_fill(p == 0, 0).cummax(dim=-1).values
     u = torch.rand(len(p), 1, generator=generator, device=p.device) * (1 - 2**-22)     # 1 even if rounded: no
     return torch.searchsorted(cumulated, u * cumulated[:, -1:], right=True).squeeze(1)
 

@@ -10,7 +10,7 @@ turns in one process, so that it meets the same machine; the first turn warms up
     what is measured   this project: least, or best (median)   the peer: the same   ratio   share of the limit
 
 The limit is measured in the same run: for training a product of large matrices in the same dtype; for
-decoding the copy of a large block, as each token reads all weights. Weights are random, files temporary.
+decoding the sum of a large block, as each token reads all weights. Weights are random, files temporary.
 BENCH.md holds results with their hardware, and what was tried and did not pay.
 """
 import argparse
@@ -62,17 +62,22 @@ MIXTURE = dict(MINIMIND, use_moe=True, num_experts=4, num_experts_per_tok=2)
 
 # ---- seconds -> lines ----
 
+def now():
+    """Seconds, when all that a GPU was given is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def pairs(rounds, calls):
     """{name: [seconds, ...]} of calls, {name: function}, that take turns."""
     times = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            began = time.perf_counter()
+            began = now()
             call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
             if turn:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(now() - began)
     return times
 
 
@@ -95,10 +100,10 @@ def matmul_rate(dtype, device='cpu'):
     return 2 * n ** 3 / min(pairs(5, dict(product=lambda: a @ a))['product'])
 
 
-def copy_rate(device='cpu', size=1 << 28):
-    """Bytes per second that are read while a large block is copied."""
-    a, b = torch.ones(2, size, dtype=torch.uint8, device=device)
-    return size / min(pairs(5, dict(copy=lambda: b.copy_(a)))['copy'])
+def read_rate(device='cpu', numbers=1 << 26):
+    """Bytes per second that are read while many numbers are added up."""
+    a = torch.ones(numbers, device=device)
+    return a.nbytes / min(pairs(5, dict(sum=a.sum))['sum'])
 
 
 # ---- models, and a step of training ----
@@ -144,11 +149,11 @@ class Step:
             loss = self.loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        began = time.perf_counter()
+        began = now()
         for optimizer in self.optimizers:
             with self.autocast():
                 optimizer.step()
-        self.spent.append(time.perf_counter() - began)
+        self.spent.append(now() - began)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
@@ -280,7 +285,7 @@ def decode(prompt=1000, new=64, rounds=3, mini=MINIMIND, device='cpu'):
             times = pairs(rounds, calls)
             what = f"{kind}, {rows} rows" if n > 1 else f"{kind}, first token after {length:,}"
             limit = (2 * size * length / matmul_rate(dtype, device) if n == 1 else
-                     n * size * width / copy_rate(device))
+                     n * size * width / read_rate(device))
             amount = dict(amount=rows * n, unit='tokens/s') if n > 1 else {}
             for words, name in itertools.product(ours, list(peers) or ['-']):
                 show(what + words, times[words], times.get(name, ()), f"{name} {str(dtype)[6:]}", limit=limit,

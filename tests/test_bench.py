@@ -27,7 +27,7 @@ TINY['gpu'] = dict(device='cpu', rows={row: TINY[row] for row in bench.GPU})
 def test_a_row_is_lines_of_figures(row, capsys, monkeypatch):
     docs = [*itertools.islice(bench.PYDOC['docstrings'](sysconfig.get_path('stdlib')), 2000)]
     monkeypatch.setitem(bench.PYDOC, 'docstrings', lambda root: docs)
-    monkeypatch.setattr(bench, 'copy_rate', lambda device: 1e9)
+    monkeypatch.setattr(bench, 'read_rate', lambda device: 1e9)
     monkeypatch.setattr(bench, 'matmul_rate', lambda dtype, device: 1e9)
     bench.ROWS[row](**TINY[row])
     lines = capsys.readouterr().out.splitlines()

@@ -137,6 +137,33 @@ def test_computed_twice_it_is_the_same_bit_for_bit(script, sets, tmp_path, model
     alike(tmp_path, 'kept', 'twice', atol=0)
 
 
+def test_blocks_that_are_computed_twice_are_compiled(script, on_ranks, sets, tmp_path):
+    """Shared out or not, dense or a mixture: one graph for all blocks. The model around them breaks."""
+    (tmp_path / 'graphs.py').write_text("""
+import torch as _torch
+def _told(graph, inputs):
+    parts = (part.graph.nodes for part in graph.modules() if isinstance(part, _torch.fx.GraphModule))
+    if any('scaled_dot' in str(node.target) for nodes in parts for node in nodes):
+        print('graph of attention\\n', end='', flush=True)
+    return graph.forward
+if not hasattr(_torch, 'plain'):
+    _torch.plain = _torch.compile
+__import__('configurator').has_compiler = lambda: True
+_torch._dynamo.reset()
+_torch.compile = lambda forward: _torch.plain(forward, backend=_told)
+_torch.nn.Module.compile = lambda self: setattr(
+    self, '_compiled_call_impl', _torch.plain(self._call_impl, backend=_told))
+""")
+    run = ['pretrain.py', 'graphs.py', sets('pretrain'), '--n_layer=3', '--n_head=2', '--n_embd=32', *SMALL,
+           '--eval_iters=1', '--prompt=The', '--dtype=bfloat16', '--activation_checkpointing', '--compile']
+    for i, more in enumerate(([], ['--use_moe'])):
+        out = script(*run, *more, f'--out_dir=alone{i}', process=True).stdout
+        assert out.count('graph of attention') == 1
+    shared = [*run, '--parallel=fsdp', '--batch_size=2']
+    out = on_ranks(2, [*shared, '--out_dir=two'], [*shared, '--model=gpt2', '--out_dir=three']).stdout
+    assert out.count('graph of attention') == 4
+
+
 # ---- machines ----
 
 def test_two_machines_without_a_shared_disk(tiny_run, tmp_path):
