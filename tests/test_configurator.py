@@ -135,7 +135,7 @@ def test_a_gpu_has_an_index(monkeypatch, device, environment, expected):
     monkeypatch.setattr(torch.cuda, 'set_device', set_device)
     monkeypatch.setattr(torch, 'zeros', lambda *size, device: torch.ones(*size))
     monkeypatch.setattr(configurator.dist, 'init_process_group', lambda backend: None)
-    plans = []                                              # cuDNN's attention would make one for each new length
+    plans = []                          # cuDNN's attention would make one for each new length
     monkeypatch.setattr(torch.backends.cuda, 'enable_cudnn_sdp', plans.append)
     run = start_run(device)
     assert [str(run.device)] == chosen == [expected] and run.dtype == torch.bfloat16 and plans == [False]
