@@ -139,8 +139,8 @@ def configure(settings, only=None, **rules):
     """Override a script's settings from config files and the command line; return them all as a dict.
 
     settings  globals() of the script: every lower-case name that holds a bool, int, float or str is a setting
-    only      {condition: names}: these settings apply only under 'model=gpt2', 'layout=packed|padded',
-              'teacher' (it is not empty) or '!chat' (it is)
+    only      {condition: names}: these settings apply only under 'model=gpt2', 'teacher' (it is not empty) or
+              '!chat' (it is)
     rules     what the script's own settings may be: at_least(0), between(0, 1), one_of('a', 'b')
     With init_from='resume' the settings of the interrupted run stand in for the defaults.
     """
@@ -179,6 +179,8 @@ def configure(settings, only=None, **rules):
         fail("wandb_log=True needs a package: pip install wandb, or swanlab")
     if settings.get('compile') and not has_compiler():
         fail("compile=True needs a C++ compiler, which is not here: install g++, or leave it out")
+    if settings.get('compile') and settings.get('layout') == 'bucketed':
+        fail("compile=True would compile anew for each length of bucketed rows: take layout=packed")
     rows = settings.get('batch_size', 1) * settings.get('gradient_accumulation_steps', 1)
     ranks, fsdp = int(os.environ.get('WORLD_SIZE', 1)), settings.get('parallel') == 'fsdp'
     if 'batch_size' in keys and (rows < ranks or fsdp and rows % ranks):
@@ -292,8 +294,7 @@ def check_apply(settings, places, only):
     for condition, names in only.items():
         key, equals, value = condition.removeprefix('!').partition('=')
         if equals:
-            applies = str(settings[key]) in value.split('|')
-            words = f"only with --{condition.replace('|', ' or ')}"
+            applies, words = str(settings[key]) == value, f"only with --{condition}"
         elif condition[0] == '!':
             applies, words = not settings[key], f"not with --{key}"
         else:

@@ -343,7 +343,6 @@ def import_peft(run, config, source):
 
 if __name__ == '__main__':
     config = configure(globals(), {
-        'layout=packed|padded': 'compile',
         '!merge_to': 'rank alpha targets dropout', '!to_peft': 'rank alpha targets dropout',
         '!from_peft': 'rank alpha targets dropout merge_to to_peft'}, rank=at_least(1), alpha=above(0))
     run = start_run(device, dtype, seed)

@@ -258,7 +258,7 @@ def write_report(out_dir, model, tokenizer, split, docs, size, max_new_tokens):
 
 
 if __name__ == '__main__':
-    config = configure(globals(), {'layout=packed|padded': 'compile'}, loss_on=one_of('answers', 'all'))
+    config = configure(globals(), loss_on=one_of('answers', 'all'))
     run = start_run(device, dtype, seed)
     model, tokenizer, checkpoint = load_start(run, config)
     meta, train, val = open_data(run, dataset, 'sft', tokenizer)
