@@ -154,6 +154,9 @@ def configure(settings, only=None, **rules):
         given['epochs'] = 0.0
     for key in keys:
         settings[key] = given.get(key, anchored(settings[key]))
+    for key in (*INSTEAD, 'export_dir', 'export_gguf', 'input'):
+        if given.get(key) == '':                        # as of a variable of the shell that is not set
+            fail(f"{places[key]}: {key} is empty: give one, or leave it out")
     trains = 'max_iters' in keys and all(given.get(key, False) is False for key in INSTEAD)
     if trains and not base:
         settings.update(gentle_rates(settings, keys, given))
@@ -238,8 +241,9 @@ def read_arguments(settings, keys, rules):
 
 
 def has_compiler():
-    """Whether there is a compiler for what torch.compile writes."""
-    return any(map(shutil.which, (os.environ.get('CXX') or 'g++', 'gcc', 'clang++', 'cl')))
+    """Whether there is a compiler for what torch.compile writes: the one that torch looks for."""
+    usual = dict(win32='cl', darwin='clang++').get(sys.platform, 'g++')
+    return bool(shutil.which(os.environ.get('CXX') or usual))
 
 
 def tell(line, file=None):
@@ -416,8 +420,6 @@ def print_help(settings, keys):
 def end_process(code):
     """End the process as it is: to take Python down aborts one whose native threads still hold tensors."""
     atexit._run_exitfuncs()                             # they take away what is half written
-    with suppress(OSError):
-        sys.stdout.flush()
     os._exit(code)
 
 
@@ -429,18 +431,35 @@ def last_words(keys, kind, error, trace):
     if issubclass(kind, BrokenPipeError):
         os._exit(141)
     try:
+        if kind.__name__ == 'InductorError':
+            fail(f"torch.compile failed, leave out --compile: {str(error).splitlines()[0]}", code=1)
         if issubclass(kind, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
             lower = ' or '.join(f'--{key}' for key in MEMORY if key in keys)
             fail(f"out of memory: lower {lower or 'what is read at once'}", code=1)
         if issubclass(kind, OSError) and error.errno in DISK:
-            fail(f"{error.filename or 'cannot write'}: {error.strerror}; what is on the disk is whole")
+            fail(f"{error.filename or 'cannot write'}: {error.strerror}; what is on the disk is whole",
+                 code=1 if error.errno in FULL else 2)
     except SystemExit as end:
         os._exit(end.code)
     sys.__excepthook__(kind, error, trace)
 
 
 MEMORY = ('batch_size', 'block_size', 'num_samples', 'max_new_tokens')         # settings that cost memory
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def flush_last():
+    """What is still held back may not be written: Python would end with two lines of its own and code 120."""
+    try:
+        sys.stdout and sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"{os.path.basename(sys.argv[0])}: cannot write: {error.strerror}", file=sys.stderr)
+        os._exit(141 if isinstance(error, BrokenPipeError) else 1)
+
+
+atexit.register(flush_last)             # the first to be registered is the last to run
 
 
 # ---- the script that runs, before torch, which takes a second to load ----
@@ -521,8 +540,8 @@ def start_run(device='auto', dtype='auto', seed=0):
     try:
         torch.zeros(1, device=device).item()            # 'meta' makes tensors, but holds no numbers
         device = torch.device(device)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0].rstrip('.')
+    except (RuntimeError, AssertionError, ImportError) as e:
+        reason = re.split(r'\.\s|\n', str(e))[0].rstrip('.')
         fail(f"device={device!r} does not work here ({reason}); device='auto' takes what there is")
     if device.type == 'cuda':
         torch.cuda.set_device(device)
@@ -543,10 +562,12 @@ def start_run(device='auto', dtype='auto', seed=0):
 
 # ---- checkpoints ----
 
-def refuse_model(folder, setting):
-    """One line if a model or a run lies in a folder that another one is to be written to."""
+def refuse_model(folder, setting, tokenizer=True):
+    """One line if a model or a run, or a tokenizer, lies in a folder that another one is to be written to."""
+    check_folder(folder)
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    for pattern in ('ckpt*.pt', 'config.json', '*.safetensors', '*.bin'):
+    for pattern in ('ckpt*.pt', 'config.json', '*.safetensors', '*.bin',
+                    *['tokenizer*.json', 'generation_config.json'] * tokenizer):
         if taken := fnmatch.filter(names, pattern):
             fail(f"--{setting}={folder} holds {taken[0]} already: choose another folder, or remove that")
 
@@ -558,6 +579,8 @@ def check_replaces(folder, stage):
     for pattern in ('config.json', '*.safetensors', '*.bin'):
         if taken := fnmatch.filter(names, pattern):
             fail(f"--out_dir={folder} holds a model, {taken[0]}: choose another folder")
+    if {'tokenizer.json', *CHECKPOINTS, 'metrics.jsonl'} & {*names} == {'tokenizer.json'}:
+        fail(f"--out_dir={folder} holds a tokenizer, which a run would replace: choose another folder")
     if CHECKPOINTS[0] in names:
         there = load_checkpoint(folder)
         if there['stage'] != stage:
@@ -815,13 +838,18 @@ def write_model(folder, config, state):
     with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as f:
         json.dump(dict(config, torch_dtype=dtype), f, indent=2)
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         with replacing(os.path.join(folder, 'pytorch_model.bin')) as path:
             torch.save(state, path)
     else:
         with replacing(os.path.join(folder, 'model.safetensors')) as path:
-            save_file(state, path, metadata={'format': 'pt'})
+            try:
+                save_file(state, path, metadata={'format': 'pt'})
+            except SafetensorError as e:                # of a full disk, say: "... (os error 28)"
+                number = int((re.search(r'os error (\d+)', str(e)) or [0, errno.EIO])[1])
+                raise OSError(number, os.strerror(number), path) from None
 
 
 def build_model(model_class, config, state, source):
@@ -951,7 +979,10 @@ def draw(path, panels=1, rows=1):
     size = (7, 4) if panels == rows == 1 else (2.5 * panels, 2.5 * rows)
     figure, axes = plt.subplots(rows, panels, figsize=size, sharex=rows > 1, sharey=True, squeeze=False)
     yield from axes.flat
-    figure.savefig(path, dpi=120, bbox_inches='tight')
+    try:
+        figure.savefig(path, dpi=120, bbox_inches='tight')
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror}", code=1)
     plt.close(figure)
 
 

@@ -22,7 +22,7 @@ import os
 import sys
 from shlex import quote
 
-from configurator import configure, fail, load_checkpoint, one_of, start_run
+from configurator import configure, fail, one_of, start_run
 
 import numpy as np
 import torch
@@ -31,8 +31,7 @@ from torch.nn import functional as F
 
 from prepare import TASKS, Piece, Split, open_data, whole_text
 from pretrain import Training, read_rows, to_device, whole
-from sample import blocks, evaluating, load_start, model_of
-from train_tokenizer import load_tokenizer
+from sample import blocks, evaluating, load_own, load_start, model_of
 
 # the run
 out_dir = 'out/finetune_cls'    # where checkpoint, tokenizer, metrics, pictures and report go
@@ -99,7 +98,7 @@ def label_logits(model, tokens, lengths):
 
 def load_classifier(folder, dropout=0.0, weights='model'):
     """(model, tokenizer, checkpoint) of a run's folder. weights: 'model', the best on val, or 'last'."""
-    checkpoint, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
+    checkpoint, tokenizer = load_own(folder)
     if 'labels' not in checkpoint:
         fail(f"{folder} is no classifier: train one with `python finetune_cls.py --init_from={folder}`")
     model = model_of(checkpoint, folder, weights, lambda model: add_head(model, len(checkpoint['labels'])),
@@ -218,9 +217,12 @@ def classify_texts(out_dir, texts, run):
 def lines_of(path):
     """The lines of a file that hold text."""
     try:
-        texts = [line.strip() for line in whole_text(path).split('\n') if line.strip()]
+        lines = whole_text(path).removesuffix('\n').split('\n')
     except OSError as e:
         fail(f"--classify_file={path}: {e.strerror}")
+    texts = [line.strip() for line in lines if line.strip()]
+    if texts and len(texts) < len(lines):
+        print(f"{path}: {len(lines) - len(texts):,} lines without text are left out", file=sys.stderr)
     return texts or fail(f"--classify_file={path}: no line with text")
 
 
@@ -240,8 +242,6 @@ if __name__ == '__main__':
                                    '!classify_file': 'init_from dataset block_size reads'},
                        trainable=one_of('head', 'last', 'all'), reads=one_of('text', 'padding', 'first'))
     run = start_run(device, dtype, seed)
-    if any(arg in ('--classify=', '--classify_file=') for arg in sys.argv):
-        fail("--classify and --classify_file need a text and a file")
     if classify or classify_file:
         sys.exit(classify_texts(out_dir, lines_of(classify_file) if classify_file else [classify], run))
     model, tokenizer, checkpoint = load_learner(run, config)

@@ -700,8 +700,7 @@ def write_data(folder, tokenizer, pieces, source, task='pretrain'):
         fail(f"{folder} is there, and is no prepared data set: move it, or choose another --dataset")
     if os.path.isabs(source) and (os.path.realpath(source) + os.sep).startswith(folder + os.sep):
         fail(f"{source} lies in {folder}, which is written anew: choose another --dataset")
-    partial = folder + '.partial'
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = f'{folder}.{os.getpid()}.partial'     # a name that nobody else has
     atexit.register(shutil.rmtree, partial, ignore_errors=True)     # a run that fails leaves nothing behind
     make_folder(partial)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32

@@ -27,7 +27,7 @@ import re
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 
 from configurator import (at_least, bare_weights, between, build_model, check_weights, configure, draw, fail,
@@ -137,9 +137,9 @@ def choose(logits, seen=None, temperature=1.0, generator=None, repetition_penalt
     return draw_token(distribution(logits, temperature, **filters), generator)
 
 
-def candidates(logits, seen, n=10, temperature=1.0, repetition_penalty=1.0, **filters):
-    """The n likeliest next tokens of the first row: a list of (id, probability, that after the filters,
-    name of the filter that removed it or ''). Of temperature 0, which has no distribution, that of 1."""
+def candidates(logits, seen, n=10, also=(), temperature=1.0, repetition_penalty=1.0, **filters):
+    """The n likeliest next tokens of the first row, and `also`: a list of (id, probability, that after the
+    filters, name of the filter that removed it or ''). Temperature 0 has no distribution: that of 1 is shown."""
     logits = penalize(logits, seen, repetition_penalty)[:1]
     temperature = temperature if temperature >= GREEDY else 1.0
     removed_by, used = {}, {}
@@ -147,10 +147,10 @@ def candidates(logits, seen, n=10, temperature=1.0, repetition_penalty=1.0, **fi
     for name, value in filters.items():
         used[name] = value
         after = distribution(logits, temperature, **used)[0]
-        for i in (after == 0).nonzero()[:, 0].tolist():
+        for i in ((after == 0) & (before > 0)).nonzero()[:, 0].tolist():
             removed_by.setdefault(i, name)
     return [(i, before[i].item(), after[i].item(), removed_by.get(i, ''))
-            for i in before.topk(min(n, before.numel())).indices.tolist()]
+            for i in dict.fromkeys([*before.topk(min(n, before.numel())).indices.tolist(), *also])]
 
 
 # ---- from prompts to texts ----
@@ -297,6 +297,14 @@ def blocks(model):
     return model.transformer.h if model.config.model_type == 'gpt2' else model.model.layers
 
 
+def load_own(folder):
+    """(checkpoint, tokenizer) of a run's folder, which must belong together."""
+    checkpoint, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
+    if tokenizer.fingerprint != checkpoint['tokenizer']:
+        fail(f"{folder} holds another tokenizer than its model was trained with")
+    return checkpoint, tokenizer
+
+
 def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0, given=()):
     """(model, tokenizer, checkpoint) of a run's folder; of a Hugging Face folder, a file of weights alone or
     an official name ('gpt2', ...), which have no checkpoint. In evaluation mode; dropout is for when it is
@@ -323,9 +331,7 @@ def load_run(source, device='cpu', dropout=0.0, block_size=1, yarn_factor=1.0, g
             if not os.path.exists(source) and difflib.get_close_matches(source, OFFICIAL):
                 fail(f"{source} is neither a folder nor a model by name, which are {', '.join(OFFICIAL)}: "
                      f"{OFFICIAL[0]} is the small one")
-            checkpoint, tokenizer = load_checkpoint(source), load_tokenizer(source)
-            if tokenizer.fingerprint != checkpoint['tokenizer']:
-                fail(f"{source} holds another tokenizer than its model was trained with")
+            checkpoint, tokenizer = load_own(source)
             if 'labels' in checkpoint:
                 fail(f"{source} is a classifier: `python finetune_cls.py --out_dir={source} --classify=TEXT`")
             if 'adapters' in checkpoint:
@@ -546,33 +552,51 @@ def read_prompt(start):
     """The text of a prompt: itself, or from FILE:path or standard input ('-'), less one final newline."""
     if start != '-' and not start.startswith('FILE:'):
         return start
-    where = 'standard input' if start == '-' else start[5:]
+    if start == '-':
+        return decoded(standard_input().buffer.read(), 'standard input').removesuffix('\n')
     try:
-        if start == '-':
-            text = sys.stdin.buffer.read()
-        else:
-            with open(where, 'rb') as f:
-                text = f.read()
-        return text.decode().removesuffix('\n')
+        with open(start[5:], 'rb') as f:
+            return decoded(f.read(), start[5:]).removesuffix('\n')
     except OSError as e:
         fail(f"--start={start}: {e.strerror}")
+
+
+def decoded(data, where, line=1):
+    """UTF-8 as text, less a byte order mark. One line on what is none, which begins on that line."""
+    try:
+        return data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
-        fail(f"{where}:{text[:e.start].count(10) + 1}: not UTF-8 (byte 0x{text[e.start]:02x})")
+        fail(f"{where}:{line + data[:e.start].count(10)}: not UTF-8 (byte 0x{data[e.start]:02x})")
+
+
+def standard_input():
+    return sys.stdin or fail("standard input is closed")
 
 
 # ---- conversation ----
 
-def read_message():
-    """What the user types, a line, or several where all but the last end in a backslash; None at the end."""
-    lines, mark = [], '> ' if sys.stdin.isatty() else ''
-    try:
-        while not lines or lines[-1].endswith('\\'):
-            lines.append(input(mark))
-            mark = mark and '. '
-    except EOFError:
-        if not lines:
-            return None
-    return '\n'.join(line.removesuffix('\\') for line in lines)
+def typed_lines():
+    """The lines that a user types, or those of a file or a pipe as they come."""
+    if not standard_input().isatty():
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            yield decoded(line, 'standard input', number).rstrip('\r\n')
+        return
+    sys.stdin.reconfigure(errors='replace')
+    with suppress(EOFError):
+        while True:
+            yield input('> ')
+
+
+def messages_of(lines):
+    """What the user says: a line, or several where all but the last end in a backslash."""
+    message = []
+    for line in lines:
+        message.append(line.removesuffix('\\'))
+        if not line.endswith('\\'):
+            yield '\n'.join(message)
+            message = []
+    if message:
+        yield '\n'.join(message)
 
 
 def prompt_that_fits(tokenizer, messages, room, thinking=False):
@@ -589,11 +613,17 @@ def prompt_that_fits(tokenizer, messages, room, thinking=False):
 def print_answers(model, tokenizer, questions, prompts, num_samples, max_new_tokens, generator, **how):
     """Several answers to each of many questions, 64 at a time: question, answer and a line between."""
     asked = [pair for pair in zip(questions, prompts) for _ in range(num_samples)]
+    cut, context = 0, model.config.context
     for i in range(0, len(asked), 64):
         some, ids = zip(*asked[i:i + 64])
         found = answers(model, tokenizer, ids, max_new_tokens, 64, generator, **how)
+        if max(map(len, ids)) + max_new_tokens > context + 1:               # the longest ends them all
+            cut += sum(not ended for _, ended in found)
         for question, (answer, _) in zip(some, found):
             print(question, answer, '-' * 40, sep='\n', flush=True)
+    if cut:
+        print(f"({cut:,} of {len(asked):,} answers are cut: the context of {context:,} tokens is full)",
+              file=sys.stderr)
 
 
 def converse(model, tokenizer, system, thinking, num_samples, max_new_tokens, generator=None, lines=False,
@@ -604,12 +634,13 @@ def converse(model, tokenizer, system, thinking, num_samples, max_new_tokens, ge
     lead = tokenizer.layout.lead if tokenizer.layout else '<think>\n'
     if thinking and not lead and tokenizer.layout.thinks == 'given':
         fail("--thinking: the chat template of this model has no place for thoughts: leave it out")
-    sys.stdin.reconfigure(errors='replace')
     device, context = next(model.parameters()).device, model.config.context
     room, full = context - min(max_new_tokens, context // 2), f"share a context of {context:,} tokens"
     opening = [dict(role='system', content=system)] if system else []
+    if system and prompt_that_fits(tokenizer, [*opening, dict(role='user', content='')], room) is None:
+        fail(f"--system is too long: it, a question and its answer {full}")
     if lines:
-        questions = [text.strip() for text in iter(read_message, None) if text.strip()]
+        questions = [text.strip() for text in typed_lines() if text.strip()]
         asked = [[*opening, dict(role='user', content=text)] for text in questions]
         prompts = [prompt_that_fits(tokenizer, messages, room, thinking) for messages in asked]
         if not prompts or None in prompts:
@@ -617,8 +648,10 @@ def converse(model, tokenizer, system, thinking, num_samples, max_new_tokens, ge
                  if prompts else "--lines: standard input has no line with text in it")
         print_answers(model, tokenizer, questions, prompts, num_samples, max_new_tokens, generator, **how)
         return
-    messages = list(opening)
-    while (text := read_message()) not in (None, '/exit'):
+    messages, unanswered = list(opening), 0
+    for text in messages_of(typed_lines()):
+        if text == '/exit':
+            break
         if text == '/reset':
             messages = list(opening)
         if text == '/reset' or not text.strip():
@@ -628,6 +661,7 @@ def converse(model, tokenizer, system, thinking, num_samples, max_new_tokens, ge
         ids = prompt_that_fits(tokenizer, messages, room, thinking)
         if ids is None:
             messages.pop()
+            unanswered += 1
             print(f"(too long: question and answer {full})", file=sys.stderr)
             continue
         if len(messages) < before:
@@ -641,18 +675,23 @@ def converse(model, tokenizer, system, thinking, num_samples, max_new_tokens, ge
         for new in generate(model, torch.tensor([ids], device=device), max_new_tokens, tokenizer.ends,
                             generator, vocab_size=tokenizer.vocab_size, **how):
             print(stream.add(new.item()), end='', flush=True)
+        is_full = not stream.ended and len(stream.new) < max_new_tokens
         print(stream.finish())
+        if is_full:
+            print(f"(stopped: the context of {context:,} tokens is full)", file=sys.stderr)
         thought, content = '', stream.text
         if thinking and (lead + content).startswith('<think>'):             # without an end, all is thought
             thought, _, content = (lead + content).removeprefix('<think>').partition('</think>')
         messages.append(dict(role='assistant', content=content.strip(), reasoning_content=thought.strip()))
+    if unanswered and not sys.stdin.isatty():
+        fail(f"{unanswered:,} questions have no answer: they are too long", code=1)
 
 
 # ---- pictures ----
 
 def print_candidates(tokenizer, logits, seen, new, **how):
     print(f"{'token':>24}  {'softmax':>8}  {'filtered':>8}")
-    for i, before, after, removed_by in candidates(logits, seen, **how):
+    for i, before, after, removed_by in candidates(logits, seen, also=[int(new[0])], **how):
         note = f"removed by {removed_by}" if removed_by else '<- chosen' if i == new[0] else ''
         print(f"{tokenizer.decode([i])!r:>24}  {before:8.4f}  {after:8.4f}  {note}")
 
@@ -683,8 +722,7 @@ def write_folder(model, tokenizer, folder):
     ids['eos_token_id'] = ends if len(ends) > 1 else ends[0]
     tokenizer.generation.update(ids)
     tokenizer.words['model_max_length'] = model.config.context
-    partial = f'{os.path.normpath(folder)}.partial'
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = f'{os.path.normpath(folder)}.{os.getpid()}.partial'      # a name that nobody else has
     atexit.register(shutil.rmtree, partial, ignore_errors=True)     # a run that is cut leaves nothing behind
     model.save_pretrained(partial, **ids)
     tokenizer.save(partial)
@@ -816,7 +854,7 @@ if __name__ == '__main__':
         sys.exit()
     context = model.config.context
     text = read_prompt(start)
-    texts = [line for line in text.splitlines() if line.strip()] if lines else [text]
+    texts = [line.rstrip('\r') for line in text.split('\n') if line.strip()] if lines else [text]
     if not texts:
         fail("--lines: the prompt has no line with text in it")
     if show_probs and len(texts) > 1:
@@ -825,15 +863,18 @@ if __name__ == '__main__':
     prompts = [[tokenizer.bos, *tokenizer.encode(t)] for t in texts]
     longest = max(map(len, prompts))
     if longest > context and on_full == 'stop':
-        fail(f"the prompt has {longest:,} tokens, but the context of {source} is {context:,}: shorten it, or "
-             f"let --on_full=slide cut it")
+        which = f" {[*map(len, prompts)].index(longest) + 1} of --lines" if lines else ''
+        fail(f"the prompt{which} has {longest:,} tokens, but the context of {source} is {context:,}: shorten "
+             f"it, or let --on_full=slide cut it")
     tokens, padding = left_pad(prompts, run.device)
     if plot and not importlib.util.find_spec('matplotlib'):
         fail("--plot needs a package: pip install matplotlib")
     if plot:
+        ids = prompts[0] if longest <= context else prompts[0][-max(1, context // 2):]      # as generate does
         with torch.no_grad():
-            logits = model(tokens[:1, padding[0]:][:, -context:])[0][:, -1, :tokenizer.vocab_size]
+            logits = model(torch.tensor([ids], device=run.device))[0][:, -1, :tokenizer.vocab_size]
         plot_distribution('next_token.png', logits, tokenizer)
+        print("wrote next_token.png", file=sys.stderr)
 
     watch = (lambda *step: print_candidates(tokenizer, *step, **how)) if show_probs else None
     live = len(prompts) == 1 and not show_probs         # one text can be shown while it grows

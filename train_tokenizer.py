@@ -391,7 +391,8 @@ def training_texts(source, max_bytes, held_out):
     """Yield training text up to max_bytes; the first megabyte of held-out text goes into held_out, a list.
     Ends the run where no word is among it, as nothing would be learned; if prepare.py fails, it has said why:
     this run ends with the same exit code."""
-    command = [sys.executable, os.path.join(HERE, 'prepare.py'), '--print_text', f'--input={source}',
+    command = [sys.executable, os.path.join(HERE, 'prepare.py'), '--print_text',
+               *[f'--input={source}'] * bool(source),
                f'--val_fraction={val_fraction}', f'--on_error={on_error}']
     size, kept, words = 0, 0, False
     with subprocess.Popen(command, stdout=subprocess.PIPE) as reader:
@@ -712,7 +713,7 @@ if __name__ == '__main__':
         sys.exit()
     if kind == 'bpe' and vocab_size < len(SPECIAL) + 256:
         fail(f"--vocab_size={vocab_size}: byte-level BPE needs {len(SPECIAL)} special tokens and 256 bytes")
-    refuse_model(out_dir, 'out_dir')                    # whose own tokenizer this would overwrite
+    refuse_model(out_dir, 'out_dir', tokenizer=False)   # whose own tokenizer this would overwrite
     held_out = []
     texts = training_texts(input, max_bytes, held_out)
     backend = (train_bpe(texts, vocab_size, split_han) if kind == 'bpe' else

@@ -261,7 +261,7 @@ def test_mistakes_are_one_line(script, tiny_run, moods):
             ([f'--init_from={run}', f'--dataset={data}', '--reads=last'], "'text', 'padding', 'first'"),
             ([f'--out_dir={run}', '--classify=x', '--reads=first'], 'reads applies not with --classify'),
             ([f'--out_dir={run}', '--classify=x'], 'is no classifier'),
-            ([f'--out_dir={run}', '--classify='], 'need a text'),
+            ([f'--out_dir={run}', '--classify='], 'classify is empty: give one'),
             (['--out_dir=nowhere', '--classify=x'], 'nowhere'),
             ([f'--init_from={run}', '--dataset=none'], 'spam')]:
         assert words in script('finetune_cls.py', *options, code=2).stderr
