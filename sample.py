@@ -30,8 +30,8 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 
-from configurator import (at_least, bare_weights, between, build_model, check_weights, configure, draw, fail,
-                          fingerprint, load_checkpoint, make_folder, one_of, parse, read_file, read_json,
+from configurator import (FULL, at_least, bare_weights, between, build_model, check_weights, configure, draw,
+                          fail, fingerprint, load_checkpoint, make_folder, one_of, parse, read_file, read_json,
                           refuse_model, replacing, start_run, tell)
 
 import torch
@@ -139,7 +139,7 @@ def choose(logits, seen=None, temperature=1.0, generator=None, repetition_penalt
 
 def candidates(logits, seen, n=10, also=(), temperature=1.0, repetition_penalty=1.0, **filters):
     """The n likeliest next tokens of the first row, and `also`: a list of (id, probability, that after the
-    filters, name of the filter that removed it or ''). Temperature 0 has no distribution: that of 1 is shown."""
+    filters, name of the filter that removed it or ''). At temperature 0, which has none, that of 1."""
     logits = penalize(logits, seen, repetition_penalty)[:1]
     temperature = temperature if temperature >= GREEDY else 1.0
     removed_by, used = {}, {}
@@ -811,7 +811,7 @@ def export(model, tokenizer, target, write=write_folder):
     except ValueError as e:
         fail(str(e))
     except OSError as e:
-        fail(f"cannot write {target}: {e.strerror}")
+        fail(f"cannot write {target}: {e.strerror}", code=1 if e.errno in FULL else 2)
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -349,7 +350,7 @@ def test_mistakes_are_one_line(script, run_folder, tmp_path, tokenizer, monkeypa
 
 
 def test_an_export_that_is_cut_leaves_no_half(tmp_path, tokenizer, monkeypatch):
-    """Ctrl-C between the weights and the tokenizer: the folder is not there, and the next try makes it."""
+    """Ctrl-C between the weights and the tokenizer, a full disk: no folder, and the next try makes it."""
     model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=8, n_embd=16, n_layer=1, n_head=2))
 
     def interrupted(self, folder):
@@ -359,6 +360,13 @@ def test_an_export_that_is_cut_leaves_no_half(tmp_path, tokenizer, monkeypatch):
         patch.setattr(Tokenizer, 'save', interrupted)
         export(model, tokenizer, str(tmp_path / 'hf'))
     assert not (tmp_path / 'hf').exists()
+
+    def no_space(*_, **__):
+        raise safetensors.SafetensorError('I/O error: No space left on device (os error 28)')
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match='1'):
+        patch.setattr(safetensors.torch, 'save_file', no_space)
+        export(model, tokenizer, str(tmp_path / 'hf'))
+    (tmp_path / 'hf.partial').mkdir()                           # somebody's, and not ours to take away
     export(model, tokenizer, str(tmp_path / 'hf'))
     assert {'config.json', 'tokenizer.json'} <= {path.name for path in (tmp_path / 'hf').iterdir()}
-    assert [path.name for path in tmp_path.iterdir()] == ['hf']
+    assert {path.name for path in tmp_path.iterdir()} == {'hf', 'hf.partial'}

@@ -142,7 +142,7 @@ SMALL = ['--batch_size=8', '--optimizer=adamw', '--learning_rate=3e-3', '--min_l
 
 
 @pytest.mark.parametrize('kind', ['minimind', 'gpt2'])
-def test_a_run_learns_and_then_classifies(script, tmp_path, tiny_run, moods, kind):
+def test_a_run_learns_and_then_classifies(script, tmp_path, tiny_run, moods, kind, tokenizer, byte_tokenizer):
     done = script('finetune_cls.py', f'--init_from={tiny_run(kind)}', f'--dataset={moods(kind)}',
                   '--out_dir=run', '--max_iters=60', '--eval_interval=20', '--class_weights', *SMALL)
     report = json.loads((tmp_path / 'run' / 'report.json').read_text())
@@ -154,7 +154,9 @@ def test_a_run_learns_and_then_classifies(script, tmp_path, tiny_run, moods, kin
     printed = numbers(r'test  accuracy (\S+)', done.stdout)
     assert printed == pytest.approx([report['test']['accuracy']], abs=1e-3)
     (tmp_path / 'more.txt').write_text('today I saw the rain\n\nagain we know the song\n')
-    lines = script('finetune_cls.py', '--out_dir=run', '--classify_file=more.txt').stdout.splitlines()
+    done = script('finetune_cls.py', '--out_dir=run', '--classify_file=more.txt')
+    lines = done.stdout.splitlines()
+    assert '1 lines without text are left out' in done.stderr
     assert [line.split('\t')[0] for line in lines] == ['sad', 'glad']
     assert all(0.5 <= float(line.split('\t')[1]) <= 1 for line in lines)
     one = script('finetune_cls.py', '--out_dir=run', '--classify=today I saw the rain').stdout
@@ -165,6 +167,8 @@ def test_a_run_learns_and_then_classifies(script, tmp_path, tiny_run, moods, kin
     for file, words in (('nowhere', 'No such file'), ('blank.txt', 'no line with text'),
                         ('latin.txt', 'latin.txt:2: not UTF-8 (byte 0xe9)')):
         assert words in script('finetune_cls.py', '--out_dir=run', f'--classify_file={file}', code=2).stderr
+    (tokenizer if kind == 'gpt2' else byte_tokenizer).save(tmp_path / 'run')
+    assert 'another tokenizer' in script('finetune_cls.py', '--out_dir=run', '--classify=rain', code=2).stderr
 
 
 @pytest.mark.parametrize('reads', ['text', 'padding', 'first'])
@@ -253,8 +257,9 @@ def test_two_ranks_are_two_micro_batches(script, tmp_path, tiny_run, moods):
     assert reports[0] == reports[1]
 
 
-def test_mistakes_are_one_line(script, tiny_run, moods):
+def test_mistakes_are_one_line(script, tiny_run, moods, tmp_path):
     run, data = tiny_run('minimind'), moods('minimind')
+    (tmp_path / 'empty.py').write_text("classify_file = ''")
     for options, words in [
             ([f'--init_from={run}', f'--dataset={moods("gpt2")}'], 'was tokenised otherwise than'),
             ([f'--init_from={run}', f'--dataset={data}', '--trainable=most'], "'head', 'last', 'all'"),
@@ -262,6 +267,8 @@ def test_mistakes_are_one_line(script, tiny_run, moods):
             ([f'--out_dir={run}', '--classify=x', '--reads=first'], 'reads applies not with --classify'),
             ([f'--out_dir={run}', '--classify=x'], 'is no classifier'),
             ([f'--out_dir={run}', '--classify='], 'classify is empty: give one'),
+            ([f'--out_dir={run}', '--classify=""'], 'classify is empty: give one'),
+            (['empty.py', f'--out_dir={run}'], 'empty.py:1: classify_file is empty: give one'),
             (['--out_dir=nowhere', '--classify=x'], 'nowhere'),
             ([f'--init_from={run}', '--dataset=none'], 'spam')]:
         assert words in script('finetune_cls.py', *options, code=2).stderr

@@ -313,7 +313,13 @@ def test_a_run_its_folder_and_the_merged_model(script, chats_folder, run_folder,
     again, plain = load_run(str(tmp_path / 'again'))[0], load_run(str(tmp_path / 'a'))[0]
     assert torch.equal(again(tokens)[0], plain(tokens)[0]) and not adapters(plain)
 
+    (tmp_path / 'words').mkdir()
+    shutil.copy(tmp_path / 'a' / 'tokenizer.json', tmp_path / 'words')
     for arguments, words in ((['--out_dir=merged', '--merge_to=twice'], 'merged already'),
+                             (['--out_dir=a', '--merge_to='], '--merge_to=: merge_to is empty'),
+                             (['--out_dir=a', '--merge_to=words'], 'words holds tokenizer.json already'),
+                             (['--out_dir=a', '--to_peft=words'], 'words holds tokenizer.json already'),
+                             (['--out_dir=words', *FAST], 'words holds a tokenizer'),
                              (['--out_dir=a', '--merge_to=a'], 'would overwrite'),
                              (['--init_from=a', *FAST], 'merge them first'),
                              ([f'--init_from={run_folder}', '--targets=query', *FAST], "called 'query'"),

@@ -259,6 +259,7 @@ def test_a_run_is_resumed_by_its_own_stage_with_its_own_shape(script, tmp_path, 
     (['--n_head=3'], 'not a multiple of num_attention_heads'),
     (['--n_head=4', '--n_kv_head=3'], 'not a multiple of num_key_value_heads'),
     (['--device=cud'], "device='cud' does not work here"),
+    (['--device=hpu'], "device='hpu' does not work here"),
     (['--tokenizer=nowhere'], 'no tokenizer'),
     (['--optimizer=adam'], "did you mean 'adamw'"),
 ])

@@ -1,5 +1,6 @@
 """sample.py: each way of decoding against transformers, batches, overflow, streaming, and its mistakes."""
 import copy
+import sys
 
 import pytest
 import tokenizers
@@ -105,6 +106,9 @@ def test_candidates_name_the_filter_that_removed_them():
     assert [before for _, before, _, _ in table] == pytest.approx([0.4, 0.3, 0.2, 0.06])
     assert [after for _, _, after, _ in table] == pytest.approx([1, 0, 0, 0])
     assert candidates(logits, torch.tensor([[0]]), n=9, top_k=2)[2][3] == 'top_k'
+    assert [row[0] for row in candidates(logits, torch.tensor([[0]]), n=1, also=[2])][1:] == [2]
+    cold = candidates(1000 * logits, torch.tensor([[0]]), n=9, top_k=0)     # what underflows nobody removed
+    assert not any(removed_by for *_, removed_by in cold)
 
 
 # ---- generating ----
@@ -393,10 +397,44 @@ def test_several_answers_to_each_question_of_a_conversation(script, tiny_run):
     assert len(set(blocks[:3] + blocks[6:9])) == 1
     together = script('sample.py', *how, '--temperature=0', '--lines', input='Who?\n\nWhere?\nWho?\n').stdout
     assert together == greedy
+    marked = b'\xef\xbb\xbfWho?\r\n\r\nWhere?\r\nWho?'                     # as Notepad saves it
+    assert script('sample.py', *how, '--temperature=0', '--lines', input=marked).stdout == greedy
+    assert script('sample.py', *how, '--temperature=0', input=marked).stdout == greedy
 
 
-@pytest.mark.parametrize('typed, words', [
-    ('\n', 'no line with text'), ('Who?\n' + 999 * 'x', 'question 2 is too long')])
-def test_questions_that_cannot_be_answered_together(script, tiny_run, typed, words):
-    how = ['--chat', '--lines', '--max_new_tokens=4', f'--out_dir={tiny_run("minimind")}']
-    assert words in script('sample.py', *how, input=typed, code=2).stderr
+LONG = 999 * 'x'
+
+
+@pytest.mark.parametrize('more, typed, code, words', [
+    (['--lines'], '\n', 2, 'no line with text'),
+    (['--lines'], f'Who?\n{LONG}', 2, 'question 2 is too long'),
+    (['--lines'], b'Who?\ncaf\xe9', 2, 'standard input:2: not UTF-8 (byte 0xe9)'),
+    ([], b'Who?\ncaf\xe9', 2, 'standard input:2: not UTF-8 (byte 0xe9)'),
+    ([], f'{LONG}\nWho?', 1, '1 questions have no answer'),
+    ([f'--system={LONG}'], 'Who?', 2, '--system is too long')])
+def test_questions_that_cannot_be_answered(script, tiny_run, more, typed, code, words):
+    how = ['--chat', *more, '--max_new_tokens=4', f'--out_dir={tiny_run("minimind")}']
+    assert words in script('sample.py', *how, input=typed, code=code).stderr.splitlines()[-1]
+
+
+def test_an_answer_that_the_context_cuts_says_so(script, tiny_run):
+    how = ['--chat', '--max_new_tokens=999', '--temperature=0', f'--out_dir={tiny_run("minimind")}']
+    assert 'the context of' in script('sample.py', *how, input='Who?').stderr
+    assert '2 of 2 answers are cut' in script('sample.py', *how, '--lines', input='Who?\nWhere?').stderr
+
+
+def test_standard_input_that_is_closed_is_one_line(script, tiny_run, monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', None)
+    for how in ['--chat'], ['--start=-']:
+        assert 'is closed' in script('sample.py', *how, f'--out_dir={tiny_run("minimind")}', code=2).stderr
+
+
+def test_a_prompt_from_a_file_is_its_text(script, tiny_run, tmp_path):
+    """Less a byte order mark; a form feed ends no line; of many prompts the one that is too long is named."""
+    how = [f'--out_dir={tiny_run("minimind")}', '--max_new_tokens=2', '--temperature=0']
+    (tmp_path / 'prompts').write_bytes(b'\xef\xbb\xbfa\x0cb\r\n\r\nc\r\n')
+    out = script('sample.py', *how, '--start=FILE:prompts', '--lines').stdout.split('-' * 40 + '\n')
+    assert [text[:3].rstrip('\n') for text in out] == ['a\x0cb', out[1][:3]] and out[1][0] == 'c'
+    (tmp_path / 'prompts').write_text(f'a\n{LONG}\n')
+    line = script('sample.py', *how, '--start=FILE:prompts', '--lines', code=2).stderr
+    assert 'the prompt 2 of --lines has' in line

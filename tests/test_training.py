@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -355,6 +356,33 @@ def said(error, monkeypatch, capsys):
     RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_names_the_settings_to_lower(monkeypatch, capsys, error):
     assert said(error, monkeypatch, capsys) == (1, 'out of memory: lower --batch_size or --block_size')
+
+
+def test_what_the_compiler_says_is_one_line(monkeypatch, capsys):
+    error = type('InductorError', (RuntimeError,), {})('CppCompileError: Python.h: No such file')
+    code, line = said(error, monkeypatch, capsys)
+    assert code == 1 and 'leave out --compile' in line
+
+
+def test_a_last_line_that_finds_the_disk_full_is_one_line(monkeypatch, capsys):
+    """Python itself would end with two lines and exit code 120."""
+    codes = []
+
+    class Full:
+        def flush(self):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(configurator.os, '_exit', codes.append)
+    monkeypatch.setattr(sys, 'stdout', Full())
+    configurator.flush_last()
+    assert codes == [1] and 'cannot write: No space left on device' in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    (tmp_path / 'loss.png').mkdir()
+    with pytest.raises(SystemExit, match='1'):
+        [*configurator.draw(tmp_path / 'loss.png')]
+    assert 'loss.png: Is a directory' in capsys.readouterr().err
 
 
 # ---- ranks ----
