@@ -579,7 +579,7 @@ def check_replaces(folder, stage):
     for pattern in ('config.json', '*.safetensors', '*.bin'):
         if taken := fnmatch.filter(names, pattern):
             fail(f"--out_dir={folder} holds a model, {taken[0]}: choose another folder")
-    if {'tokenizer.json', *CHECKPOINTS, 'metrics.jsonl'} & {*names} == {'tokenizer.json'}:
+    if {'tokenizer.json', *CHECKPOINTS, 'metrics.jsonl', 'meta.json'} & {*names} == {'tokenizer.json'}:
         fail(f"--out_dir={folder} holds a tokenizer, which a run would replace: choose another folder")
     if CHECKPOINTS[0] in names:
         there = load_checkpoint(folder)

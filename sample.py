@@ -31,8 +31,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 
 from configurator import (FULL, at_least, bare_weights, between, build_model, check_weights, configure, draw,
-                          fail, fingerprint, load_checkpoint, make_folder, one_of, parse, read_file, read_json,
-                          refuse_model, replacing, start_run, tell)
+                          fail, fingerprint, load_checkpoint, make_folder, one_of, parse, read_file,
+                          read_json, refuse_model, replacing, start_run, tell)
 
 import torch
 from torch import nn
