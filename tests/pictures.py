@@ -226,7 +226,7 @@ if __name__ == '__main__':
     options = parser.parse_args()
     if unknown := set(options.names) - set(PICTURES):
         fail(f"no picture {min(unknown)!r}; there are {', '.join(PICTURES)}")
-    asked = options.names or options.out_dir and not any(               # for what is not there
+    asked = options.names or options.out_dir is not None and not any(   # for what is not there
         os.path.isfile(os.path.join(options.out_dir, file)) for file, _ in OF_A_RUN.values())
     for option, (default, names) in OPTIONS.items():
         value = getattr(options, option)
