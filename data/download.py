@@ -11,6 +11,7 @@ The built-in sets that are a file on the network: fetched, checked by sha256, pu
 A file that you put into data/raw/ yourself is as good, if its sha256 is right.
 """
 import hashlib
+import io
 import os
 import sys
 import zipfile
@@ -96,7 +97,8 @@ def unzip(path):
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='backslashreplace')       # the path may have letters that a log lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):            # it may be closed
+        sys.stdout.reconfigure(errors='backslashreplace')   # a path may have letters that a log lacks
     if len(sys.argv) != 2 or sys.argv[1] not in DOWNLOADS:
         fail(f"give one name of {', '.join(DOWNLOADS)}, as in `python data/download.py verdict`")
     try:

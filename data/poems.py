@@ -39,11 +39,12 @@ import re
 import sys
 import tarfile
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from typing import NamedTuple
 
+from files import fail, running, writing
 from poetry_form import (CI_ORDERS, FORMS, ORDERS, THEMES, Judge, chinese, couplets, form_of, limits,
-                         lines_of, load_judge, print_marks, samples_of, tables)
+                         lines_of, load_judge, print_marks, read_text, records_of, samples_in, samples_of,
+                         tables)
 
 RAW = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'raw')
 ARCHIVE = 'chinese-poetry-2.0.1.tgz'
@@ -65,12 +66,6 @@ class Poem(NamedTuple):
     @property
     def form(self):
         return form_of(self.lines)
-
-
-def fail(message):
-    """End over a mistake of the user or something missing: one line on stderr, exit code 2."""
-    print(f"poems.py: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 # ---- the archive -> poems ----
@@ -294,16 +289,6 @@ def labelled(poems):
 
 # ---- files ----
 
-@contextmanager
-def writing(path):
-    """Open a file to write it, all of it or nothing."""
-    part = f'{path}.{os.getpid()}.part'             # two runs at once do not disturb each other
-    with open(part, 'w', encoding='utf-8', newline='') as f:
-        yield f
-    os.replace(part, path)
-    print(f"wrote {path}", flush=True)
-
-
 def make(folder, everything=False, sha256=SHA256):
     """Write all sets into a folder that holds the archive, and print what the judge says of real poems."""
     found, tones = read_archive(os.path.join(folder, ARCHIVE), sha256)
@@ -337,28 +322,45 @@ def make(folder, everything=False, sha256=SHA256):
     print_marks(judge, limits([poem.lines for poem in regular if poem.split == 'val']))
 
 
+def held_out_orders(folder):
+    """Orders to compare models by, less their full stop: those that no training poem has. Many, such as 'a
+    poem on spring', have both."""
+    orders = dict(train=read_text(os.path.join(folder, 'poems_practice.txt')).split('\n'),
+                  val=read_text(os.path.join(folder, 'poems_orders.txt')).split('\n'))
+    for where, record in records_of(os.path.join(folder, 'poems_sft.jsonl')):
+        orders['val' if record.get('split') == 'val' else 'train'] += [
+            order for _, order, _ in samples_in(where, record)]
+    train, val = ({order.rstrip('。') for order in found} for found in orders.values())
+    return val - train
+
+
 def make_own(folder, path):
     """Write what a model's own poems teach, from a file of samples: pairs for DPO, and for a student those
     that keep all rules. Held out are real pairs and poems."""
-    judge, answers = load_judge(folder)[0], defaultdict(list)
+    judge, answers, held_out = load_judge(folder)[0], defaultdict(list), held_out_orders(folder)
     for _, order, text in samples_of(path):
-        answers[order].append(text)
+        if order and text.strip():
+            answers[order].append(text)
+    left_out = [order for order in answers if order.rstrip('。') in held_out]
+    for order in left_out:
+        del answers[order]
+    if left_out:
+        print(f"left out {len(left_out):,} orders that are held out, such as {left_out[0]}")
     own = list(own_pairs(answers.items(), judge))
     if not own:
-        fail(f"{path}: no order has both a poem that keeps all rules and one that does not; sample more")
-    for name, real, records in [
-            ('own', 'dpo', own), ('taught', 'sft', [
-                dict(conversations=record['chosen'], split='train') for record in own])]:
-        with open(os.path.join(folder, f'poems_{real}.jsonl'), encoding='utf-8') as f:
-            held_out = [record for record in map(json.loads, f) if record['split'] == 'val']
+        fail(f"{path}: no order to train on has both a poem that keeps all rules and one that does not; "
+             f"sample more, to those of poems_practice.txt")
+    real = {name: [record for _, record in records_of(os.path.join(folder, f'poems_{name}.jsonl'))
+                   if record.get('split') == 'val'] for name in ('dpo', 'sft')}
+    taught = [dict(conversations=record['chosen'], split='train') for record in own]
+    for name, records in dict(own=own + real['dpo'], taught=taught + real['sft']).items():
         with writing(os.path.join(folder, f'poems_{name}.jsonl')) as f:
-            f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records + held_out)
+            f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
     print(f"{len(own):,} pairs from {len(answers):,} orders")
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='backslashreplace')       # the path may have letters that a log lacks
-    try:
+    with running():
         match sys.argv[1:]:
             case [] | ['--all']:
                 make(RAW, everything=len(sys.argv) > 1)
@@ -373,5 +375,3 @@ if __name__ == '__main__':
                     print_marks(judge, [*limits(held_out), *samples_of(path)])
             case arguments:
                 fail(f"{' '.join(arguments)}: give nothing, or --all, or --judge=FILE, or --pairs=FILE")
-    except (OSError, ValueError) as e:
-        fail(str(e))

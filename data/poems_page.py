@@ -10,7 +10,8 @@ import itertools
 import os
 import sys
 
-from poems import RAW, fail
+from files import fail, running, writing
+from poems import RAW
 from poetry_form import COLUMNS, limits, load_judge, samples_of, shares
 
 WORDS = dict(form='合体裁', order='合要求', rhyme='押韵', line_tones='句合平仄', tones='全诗合律',
@@ -62,12 +63,12 @@ def page(judge, real, stages, n=10):
         row = [f'{marks[mark]:.1%}' if mark in marks else '–' for mark in WORDS]
         rows.append([f'<span style="color: {colour}">■</span> {html.escape(name)} '
                      f'<small>{STAGES.get(name, "")}</small>', f'{count:,}', *row])
+    ordered = {name: found for name, found in stages.items() if any(order for order, _ in found)}
     for name, found in stages.items():
-        if not found[0][0]:
+        if name not in ordered:
             boxes = ''.join(poem_box(judge, '', *one) for one in found[:n])
             parts.append(f'<h2>{html.escape(name)}</h2><div class="poems">{boxes}</div>')
-    ordered = {name: found for name, found in stages.items() if found[0][0]}
-    firsts = [list(dict.fromkeys(order for order, _ in found))[:n] for found in ordered.values()]
+    firsts = [list(dict.fromkeys(order for order, _ in found if order))[:n] for found in ordered.values()]
     for order in dict.fromkeys(order for some in firsts for order in some):
         boxes = ''.join(poem_box(judge, name, order, dict(reversed(found))[order])
                         for name, found in ordered.items() if order in dict(found))
@@ -80,11 +81,10 @@ def page(judge, real, stages, n=10):
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='backslashreplace')
-    if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
-        fail("give the folder of the runs, as in `python data/poems_page.py out/poems`")
-    folder = sys.argv[1]
-    try:
+    with running():
+        if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
+            fail("give the folder of the runs, as in `python data/poems_page.py out/poems`")
+        folder = sys.argv[1]
         judge, held_out = load_judge(RAW)
         found = [os.path.join(folder, name, 'samples.txt') for name in os.listdir(folder)]
         found = sorted(filter(os.path.isfile, found), key=os.path.getmtime)
@@ -92,9 +92,6 @@ if __name__ == '__main__':
             fail(f"{folder} holds no run with a samples.txt: `bash tests/road.sh poems` makes them")
         stages = {os.path.basename(os.path.dirname(path)): [sample[1:] for sample in samples_of(path)]
                   for path in found}
-        path = os.path.join(folder, 'page.html')
-        with open(path, 'w', encoding='utf-8') as f:
-            f.write(page(judge, held_out, stages))
-    except (OSError, ValueError) as e:
-        fail(str(e))
-    print(f"wrote {path}")
+        text = page(judge, held_out, stages)
+        with writing(os.path.join(folder, 'page.html')) as f:
+            f.write(text)

@@ -260,28 +260,68 @@ def limits(poems):
         yield 'lines mixed', '', couplets([pool[size].pop() for _ in lines])
 
 
+def read_text(path):
+    """A file's text. A byte order mark is no part of it."""
+    with open(path, encoding='utf-8-sig') as f:
+        try:
+            return f.read()
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path} is not UTF-8 text ({e})") from None
+
+
+def records_of(path):
+    """Yield (where, record) of a .json file that holds a list, or of a .jsonl file. ValueError: no record."""
+    text = read_text(path)
+    if path.endswith('.json'):
+        records = read_json(path, text)
+        if not isinstance(records, list):
+            raise ValueError(f"{path} holds no list of records")
+        records = ((f'{path}, record {i}', record) for i, record in enumerate(records, 1))
+    else:
+        records = ((f'{path}:{i}', read_json(f'{path}:{i}', line))
+                   for i, line in enumerate(text.split('\n'), 1) if line.strip())
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is no record, but {str(record)[:40]!r}")
+        yield where, record
+
+
+def read_json(where, text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where} is not JSON ({e})") from None
+
+
+def samples_in(where, record):
+    """[(name, order, text), ...] of a record of a report, or of one that poems.py writes."""
+    try:
+        found = [(name, record.get('prompt', ''), record[name]) for name in ('text', 'expected', 'answer')
+                 if name in record]
+        found += [(name, *(turn['content'] for turn in record[name][-2:]))
+                  for name in ('conversations', 'chosen', 'rejected') if name in record]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{where} holds no poem ({type(e).__name__}: {e})") from None
+    for sample in found:
+        if len(sample) != 3 or not all(isinstance(part, str) for part in sample):
+            raise ValueError(f"{where}: {sample[0]!r} holds no poem, or no order for it, as text")
+    return found
+
+
 def samples_of(path):
-    """Yield (name, order, text) of a file: report.json of a stage, records as poems.py writes them, or text
+    """[(name, order, text), ...] of a file: report.json of a stage, records as poems.py writes them, or text
     as sample.py prints it, rows of dashes between poems, or where it has none empty rows, each poem perhaps
     below its order. ValueError: it is none."""
-    with open(path, encoding='utf-8') as f:
-        content, found = f.read(), []
-    if not path.endswith(('.json', '.jsonl')):
+    found = []
+    if path.endswith(('.json', '.jsonl')):
+        found = [sample for place in records_of(path) for sample in samples_in(*place)]
+    else:
+        content = read_text(path)
         between = r'-{40}\n' if '-' * 40 in content else r'\n\s*\n'
         for part in filter(str.strip, re.split(between, content)):
-            first, _, rest = part.strip().partition('\n')
-            is_order = rest and not first.startswith('《') and read_order(first)         # else a title
+            first, _, rest = part.strip().partition('\n')           # below an order there may be no poem
+            is_order = not first.startswith('《') and read_order(first)         # else a title
             found.append(('text', first, rest) if is_order else ('text', '', part))
-    else:
-        try:
-            rows = json.loads(content) if path.endswith('.json') else map(json.loads, content.splitlines())
-            for record in rows:
-                for name in {'text', 'expected', 'answer'} & set(record):
-                    found.append((name, record.get('prompt', ''), record[name]))
-                for name in {'conversations', 'chosen', 'rejected'} & set(record):
-                    found.append((name, *(turn['content'] for turn in record[name][-2:])))
-        except (KeyError, TypeError, json.JSONDecodeError) as e:
-            raise ValueError(f"{path} holds no records of poems ({type(e).__name__}: {e})") from None
     if not found:
         raise ValueError(f"{path} holds no poems")
     return found
@@ -289,15 +329,19 @@ def samples_of(path):
 
 def load_judge(folder):
     """(Judge, held-out poems of regular form as lines) from the files of poems.py."""
-    with open(os.path.join(folder, 'poems_form.json'), encoding='utf-8') as f:
-        judge, held_out = Judge(json.load(f)), []
+    path, held_out, anew = os.path.join(folder, 'poems_form.json'), [], 'run `python data/poems.py` anew'
+    try:
+        judge = Judge(read_json(path, read_text(path)))
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}): {anew}") from None
     for name in ('poems', 'ci_sft'):
-        with open(os.path.join(folder, f'{name}.jsonl'), encoding='utf-8') as f:
-            for record in map(json.loads, f):
-                text = record['text'] if 'text' in record else record['conversations'][-1]['content']
+        for where, record in records_of(os.path.join(folder, f'{name}.jsonl')):
+            for _, _, text in samples_in(where, record):
                 lines = lines_of(text)
-                if record['split'] == 'train':
+                if record.get('split') == 'train':
                     judge.known.update(lines)
                 elif name == 'poems' and form_of(lines):
                     held_out.append(lines)
+    if not held_out or not judge.known:
+        raise ValueError(f"{folder}/poems.jsonl holds no poems of both splits: {anew}")
     return judge, held_out

@@ -17,6 +17,7 @@ All three hold out the same docstrings. A title is the signature, as in 'def ded
 """
 import ast
 import hashlib
+import io
 import json
 import os
 import platform
@@ -154,7 +155,8 @@ def write(path, records):
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='backslashreplace')       # the path may have letters that a log lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):            # it may be closed
+        sys.stdout.reconfigure(errors='backslashreplace')   # a path may have letters that a log lacks
     root = sysconfig.get_path('stdlib')
     docs = list(docstrings(root))
     paths = {os.path.join(RAW, f'{name}-{VERSION}.jsonl'): make

@@ -31,6 +31,8 @@ import random
 import re
 import sys
 
+from files import fail, running, writing
+
 RAW = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'raw')
 HELD_OUT = 0.05             # share of the problems, of each kind
 
@@ -203,19 +205,25 @@ def tables(count=2500):
 
 
 def taught(path):
-    """Two lists of records for a student: what a teacher answers, as sample.py prints it, where that is
-    right, each once; and the set's own answers to the same questions. Both end with the tables and the
-    problems held out."""
-    real, own = list(problems()), {}
+    """Two lists of records for a student: what a teacher answers to training problems, as sample.py prints
+    it, where that is right, each once; and the set's own answers to the same questions. Both end with the
+    tables and the problems held out."""
+    real, known = list(problems()), dict(train={}, val={})
     for record in real:
         question, answer = (turn['content'] for turn in record['conversations'])
-        own[question] = answer
-    with open(path, encoding='utf-8') as f:
-        pairs = {part.strip().partition('\n')[::2] for part in f.read().split('-' * 40)} - {('', '')}
+        known[record['split']][question] = answer
+    own, held_out = known.values()
+    try:
+        with open(path, encoding='utf-8-sig') as f:
+            pairs = {part.strip().partition('\n')[::2] for part in f.read().split('-' * 40)} - {('', '')}
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text ({e})") from None
+    if n := sum(question in held_out for question, _ in pairs):
+        print(f"{n:,} of {len(pairs):,} different answers are left out: their problems are held out")
     right = sorted((question, answer) for question, answer in pairs if question in own and answer.startswith(
         '<think>') and answer.partition('</think>')[2] == own[question].partition('</think>')[2])
     if not right:
-        raise ValueError(f"{path} holds no right answer to a problem of this set")
+        raise ValueError(f"{path} holds no right answer to a training problem of this set")
     print(f"{len(right):,} of {len(pairs):,} different answers are right, "
           f"{sum(answer == own[question] for question, answer in right):,} of them the set's own words")
     both = right, [(question, own[question]) for question in sorted(dict(right))]
@@ -224,19 +232,14 @@ def taught(path):
 
 
 def write(name, lines):
-    """Write a file in data/raw/, all of it or nothing; two runs at once do not disturb each other."""
-    path = os.path.join(RAW, name)
-    part = f'{path}.{os.getpid()}.part'
+    """Write a file in data/raw/, all of it or nothing."""
     os.makedirs(RAW, exist_ok=True)
-    with open(part, 'w', encoding='utf-8') as f:
+    with writing(os.path.join(RAW, name)) as f:
         f.writelines(line + '\n' for line in lines)
-    os.replace(part, path)
-    print(f"wrote {path}")
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='backslashreplace')       # the path may have letters that a log lacks
-    try:
+    with running():
         match sys.argv[1:]:
             case []:
                 records = list(problems())
@@ -247,7 +250,4 @@ if __name__ == '__main__':
                 for name, records in zip(('taught', 'same'), taught(argument.partition('=')[2])):
                     write(f'reason_{name}.jsonl', map(json.dumps, records))
             case arguments:
-                raise ValueError(f"{' '.join(arguments)}: give nothing, or --taught=FILE")
-    except (OSError, ValueError) as e:
-        print(f"reason.py: {e}", file=sys.stderr)
-        sys.exit(2)
+                fail(f"{' '.join(arguments)}: give nothing, or --taught=FILE")

@@ -6,11 +6,16 @@
 
 Two steps are taken with tensors that have shapes and no numbers (torch's FakeTensorMode), and the most bytes
 that would be alive at once are counted: weights, moments, what there is of gradients then, and activations,
-which are the rest. tests/test_memory.py holds the sum to what torch's profiler measures on a CPU. On a GPU
-kernels keep a little more or less, and driver and allocator take some more: leave a GB or two.
+which are the rest. The model is a new one; dtype=auto is bfloat16, as on a GPU; the vocabulary has 6,400
+tokens where no tokenizer is named. tests/test_memory.py holds the sum to what torch's profiler measures on a
+CPU. On a GPU kernels keep a little more or less, and driver and allocator take some more: leave a GB or two.
 """
+import functools
+import io
+import re
 import sys
 import weakref
+from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,7 +27,9 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pretrain  # noqa: E402  (the line above makes it importable)
-from configurator import Run, configure, read_config_file  # noqa: E402
+from configurator import (RULES, Run, configure, fail, last_words, one_of, open_script,  # noqa: E402
+                          read_arguments, read_config_file)
+from train_tokenizer import load_tokenizer  # noqa: E402
 
 GPUS = (8, 12, 16, 24, 40, 80)      # GB
 
@@ -125,12 +132,36 @@ def table():
               f"{config['block_size']:,} | {' | '.join(cells)} |", flush=True)
 
 
+def read_command_line():
+    """(settings of pretrain.py, number of ranks)."""
+    given = [arg for arg in sys.argv[1:] if arg.partition('=')[0] == '--ranks']
+    if len(given) > 1 or not all(re.fullmatch('--ranks=0*[1-9][0-9]{0,5}', arg) for arg in given):
+        fail(f"{' '.join(given)}: give the number of ranks once, from 1 up, as in --ranks=8")
+    sys.argv = [arg for arg in sys.argv if arg not in given] + ['--eval_only']
+    keys = open_script(settings := {**vars(pretrain), '__doc__': __doc__})
+    with redirect_stdout(io.StringIO()):                # `configure` tells it
+        asked = read_arguments(settings, keys, RULES)[0]
+    if asked.get('parallel') == 'fsdp':
+        fail("parallel=fsdp: leave it out, and say of how many ranks it is with --ranks=8")
+    if asked.get('init_from', 'scratch') != 'scratch':
+        fail(f"init_from={asked['init_from']}: only a new model is counted; give its sizes instead")
+    config = configure(settings, pretrain.ONLY, model=one_of(*pretrain.MODELS),
+                       positions=one_of(*pretrain.POSITIONS),
+                       dtype=one_of('auto', 'float32', 'bfloat16', 'float16'))
+    if config['dtype'] == 'auto':
+        config['dtype'] = 'bfloat16'
+    if config['use_moe'] and config['dtype'] != 'bfloat16':
+        fail(f"dtype={config['dtype']}: a mixture of experts can be counted in bfloat16 alone")
+    return config, *(int(arg[8:]) for arg in given or ['--ranks=1'])
+
+
 if __name__ == '__main__':
+    sys.excepthook = functools.partial(last_words, ())
     if len(sys.argv) == 1:
         sys.exit(table())
-    ranks = [int(arg[8:]) for arg in sys.argv if arg.startswith('--ranks=')] or [1]
-    sys.argv = [arg for arg in sys.argv if not arg.startswith('--ranks=')] + ['--eval_only']
-    config = configure(vars(pretrain), pretrain.ONLY)
-    parts = step_bytes(config, 50257 if config['tokenizer'] == 'gpt2' else 6400, *ranks)
+    config, ranks = read_command_line()
+    sizes = {'': 6400, 'gpt2': 50257}
+    vocab_size = sizes.get(config['tokenizer']) or load_tokenizer(config['tokenizer']).vocab_size
+    parts = step_bytes(config, vocab_size, ranks)
     print(f"{sum(parts.values()) / 1e9:.2f} GB: "
           + ', '.join(f"{n / 1e9:.2f} {part}" for part, n in parts.items()))

@@ -7,8 +7,11 @@
     python tests/pictures.py loss --out_dir=out/sft
 """
 import argparse
+import functools
+import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -18,7 +21,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import HERE, draw, fail, has_matplotlib, make_folder  # noqa: E402
+from configurator import HERE, draw, fail, has_matplotlib, last_words, make_folder  # noqa: E402
 from model_gpt2 import plain_gelu  # noqa: E402
 from model_minimind import (MiniMindConfig, apply_rope, plain_attention, rope_table,  # noqa: E402
                             sinusoidal_positions)
@@ -39,7 +42,7 @@ def picture(name, *grid):
 
 # ---- of functions ----
 
-def gelu(options):
+def gelu():
     x = torch.linspace(-4, 4, 401)
     for axes in picture('I-4_gelu'):
         axes.plot(x, x.relu(), '--', label="ReLU")
@@ -49,7 +52,7 @@ def gelu(options):
         axes.legend()
 
 
-def sampling(options):
+def sampling():
     """The nine words at three temperatures, and behind three filters, which remove some of them."""
     for name, ways in dict(
             temperature=[dict(temperature=t) for t in (1.0, 0.1, 5.0)],
@@ -65,7 +68,7 @@ def sampling(options):
             axes.legend(loc='upper left', bbox_to_anchor=(1, 1))
 
 
-def sinusoids(options):
+def sinusoids():
     table = sinusoidal_positions(128, 64)                                       # (positions, dim)
     for axes in picture('II-3_sinusoids'):
         image = axes.imshow(table.numpy(), aspect='auto', cmap='RdBu', interpolation='nearest')
@@ -78,7 +81,7 @@ def sinusoids(options):
         axes.legend(loc='upper left', bbox_to_anchor=(1, 1))
 
 
-def rope(options):
+def rope():
     """A vector that is turned by its position, and the score of two that are, against their distance."""
     table = rope_table(MiniMindConfig(head_dim=4, rope_theta=12.0, max_position_embeddings=6))
     turned = apply_rope(torch.tensor([1.0, 1.0, 0.0, 0.0]), *table)             # (positions, 4): two pairs
@@ -107,18 +110,25 @@ def rope(options):
 
 # ---- of a run ----
 
-def loss(options):
-    """Loss against steps, and against what was seen by then: tokens, texts, or pairs."""
+def read_losses(options):
+    """(curves, unit, seen, steps): {label: [(step, loss), ...]}, and how much of a unit so many steps saw."""
     path = os.path.join(options.out_dir, 'metrics.jsonl')
     try:
         with open(path, encoding='utf-8') as f:
             lines = [json.loads(line) for line in f]
-        curves = {label: [(line['step'], line[name]) for line in lines if line.get(name) is not None]
+        curves = {label: [(line['step'], float(line[name])) for line in lines if line.get(name) is not None]
                   for name, label in (('loss', 'training loss'), ('val_loss', 'held-out loss'))}
         unit, seen, steps = max((unit, line[unit], line['step'] + 1) for line in lines
                                 for unit in ('tokens', 'texts', 'pairs') if unit in line)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        if not (0 < seen < float('inf') and 0 < steps < float('inf')):
+            raise ValueError(f"{seen} {unit} in {steps} steps")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         fail(f"{path} holds no losses of a run ({type(e).__name__}: {e})")
+    return curves, unit, seen, steps
+
+
+def loss(curves, unit, seen, steps):
+    """Loss against steps, and against what was seen by then: tokens, texts, or pairs."""
     for axes in picture('I-5_loss'):
         for (label, curve), style in zip(curves.items(), ('-', 'o--')):
             axes.plot([step for step, _ in curve], [value for _, value in curve], style, label=label)
@@ -145,12 +155,17 @@ def attention_weights(model, tokens):
     return found
 
 
-def attention(options):
+def read_prompt(options):
+    """(model, tokenizer, ids) of --prompt."""
     model, tokenizer, _ = load_run(options.out_dir)
     ids = [tokenizer.bos, *tokenizer.encode(options.prompt)]
     if len(ids) > min(48, model.config.context):
         fail(f"--prompt has {len(ids)} tokens, too many for a picture: give at most 47, and no more than the "
              f"context of {options.out_dir}, {model.config.context}")
+    return model, tokenizer, ids
+
+
+def attention(model, tokenizer, ids):
     weights = torch.cat(attention_weights(model, torch.tensor([ids])))          # (layers, H, T, T)
     layers, heads = weights.shape[:2]
     words = [token_label(tokenizer, i) for i in ids]
@@ -172,48 +187,68 @@ def neighbours(model, tokenizer, token, n=12):
     return [(i, cosines[i].item()) for i in cosines.argsort(descending=True).tolist() if i != token][:n]
 
 
-def embeddings(options):
+def read_token(options):
+    """(model, tokenizer, id) of --token."""
     model, tokenizer, _ = load_run(options.out_dir)
     ids = tokenizer.encode(options.token)
     if len(ids) != 1:
         fail(f"--token={options.token!r} is {len(ids)} tokens, give one of these: "
              f"{', '.join(repr(tokenizer.decode([i])) for i in ids)}")
-    near = neighbours(model, tokenizer, ids[0])
-    print(f"cosine  nearest to {options.token!r}")
+    return model, tokenizer, ids[0]
+
+
+def embeddings(model, tokenizer, token):
+    near = neighbours(model, tokenizer, token)
+    print(f"cosine  nearest to {tokenizer.decode([token])!r}")
     for i, cosine in near:
         print(f"{cosine:6.3f}  {tokenizer.decode([i])!r}")
     for axes in picture('I-2_embeddings'):
         axes.barh(range(len(near)), [cosine for _, cosine in near])
         axes.set_yticks(range(len(near)), [token_label(tokenizer, i) for i, _ in near])
         axes.invert_yaxis()
-        axes.set(xlabel=f"cosine with the embedding of {token_label(tokenizer, ids[0])}")
+        axes.set(xlabel=f"cosine with the embedding of {token_label(tokenizer, token)}")
 
 
 PICTURES = dict(embeddings=embeddings, attention=attention, gelu=gelu, loss=loss, sampling=sampling,
                 sinusoids=sinusoids, rope=rope)
-OF_A_RUN = dict(embeddings='ckpt.pt', attention='ckpt.pt', loss='metrics.jsonl')        # what it is drawn of
+OF_A_RUN = dict(embeddings=('ckpt.pt', read_token), attention=('ckpt.pt', read_prompt),
+                loss=('metrics.jsonl', read_losses))                                    # what it is drawn of
 OPTIONS = dict(out_dir=(os.path.join(HERE, 'out', 'pretrain'), OF_A_RUN),               # default, what for
                prompt=('def is_', ['attention']), token=(' file', ['embeddings']))
 
 if __name__ == '__main__':
+    sys.excepthook = functools.partial(last_words, ())
     parser = argparse.ArgumentParser(usage=__doc__)
+    parser.error = fail                                                 # in one line
     parser.add_argument('names', nargs='*')
     for option in OPTIONS:
         parser.add_argument(f'--{option}')
     options = parser.parse_args()
     if unknown := set(options.names) - set(PICTURES):
         fail(f"no picture {min(unknown)!r}; there are {', '.join(PICTURES)}")
+    asked = options.names or options.out_dir is not None and not any(   # for what is not there
+        os.path.isfile(os.path.join(options.out_dir, file)) for file, _ in OF_A_RUN.values())
     for option, (default, names) in OPTIONS.items():
-        if getattr(options, option) is None:
+        value = getattr(options, option)
+        if value is None:
             setattr(options, option, default)
+        elif option != 'out_dir' and re.search('[\ud800-\udfff]', value):
+            fail(f"--{option} takes UTF-8 text, not {value!r}")
         elif options.names and not {*names} & {*options.names}:
             fail(f"--{option} is for {', '.join(names)}, and here {', '.join(options.names)} is drawn")
     if not has_matplotlib():
         sys.exit(2)
-    sys.stdout.reconfigure(errors='backslashreplace')                   # a terminal may lack letters
+    if isinstance(sys.stdout, io.TextIOWrapper):                        # a terminal may lack letters
+        sys.stdout.reconfigure(errors='backslashreplace')
+    found = {}                                                          # read before any picture is drawn
     for name in options.names or PICTURES:
-        if name in OF_A_RUN and not os.path.isfile(os.path.join(options.out_dir, OF_A_RUN[name])):
+        file, read = OF_A_RUN.get(name, ('', None))
+        if os.path.isfile(os.path.join(options.out_dir, file)):
+            found[name] = read(options)
+        elif file:
             line = f"{name}: no run in {options.out_dir} to draw; train one with `python pretrain.py`"
-            fail(line) if options.names else print(line)
+            fail(line) if asked else print(line)
         else:
-            PICTURES[name](options)
+            found[name] = ()
+    for name, what in found.items():
+        PICTURES[name](*what)

@@ -4,25 +4,33 @@
 #     bash tests/road.sh              each stage on its default data -> out, and a table, out/road.md
 #     bash tests/road.sh poems        Chinese poems (data/poems.py says how to get them) -> out/poems
 #
-# STEPS=4 bash tests/road.sh takes four steps a stage: a trial. SEED=2 OUT=out/again bash tests/road.sh poems repeats
-# it with other random numbers. After each of its stages stand the marks of what it writes, beside those of real
-# poems; the end is a page.
+# STEPS=4 bash tests/road.sh takes four steps a stage: a trial; in one of poems, which writes few and no good ones,
+# real poems stand in for the model's own. SEED=2 OUT=out/again bash tests/road.sh poems repeats it with other random
+# numbers. After each of its stages stand the marks of what it writes, beside those of real poems; the end is a page.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+refuse() {
+    echo "road.sh: $*" >&2
+    exit 2
+}
 
 run() {                             # say a command and run it
     printf '\n$ python %s\n' "$*" >&2
     python "$@"
 }
 
-stage() {                           # stage WORDS KEY RUN SCRIPT OPTIONS...: run it, note its KEY before and after
-    local began=$SECONDS trial=()
-    if [ -n "${STEPS:-}" ]; then
-        trial=(--max_iters="$STEPS" --eval_interval="$STEPS")
-        if grep -q ^report_size "$4"; then trial+=(--report_size=4); fi
-    fi
-    run "${@:4}" ${trial[@]+"${trial[@]}"} | tee out/stage.log
-    python - "$@" $((SECONDS - began)) >> out/road.md <<'PYTHON'
+train() {                           # run a stage, in a trial for STEPS steps
+    local trial=()
+    if [ -n "${STEPS:-}" ]; then trial=(--epochs=0 --max_iters="$STEPS" --eval_interval="$STEPS"); fi
+    run "$@" ${trial[@]+"${trial[@]}"}
+}
+
+stage() {                           # stage WORDS KEY RUN SCRIPT OPTIONS...: train, and note its KEY before and after
+    local began=$SECONDS few=()
+    if [ -n "${STEPS:-}" ] && grep -q ^report_size "$4"; then few=(--report_size=4); fi
+    train "${@:4}" ${few[@]+"${few[@]}"} | tee out/stage.log
+    python - "$@" $((SECONDS - began)) >> out/road.part <<'PYTHON'
 import json, shlex, sys
 words, key, run, *command, seconds = sys.argv[1:]
 found = [row[key] for row in map(json.loads, open(f'{run}/metrics.jsonl')) if key in row]
@@ -35,7 +43,8 @@ PYTHON
 
 default() {
     mkdir -p out
-    printf '%s\n' "| command | time | figure | before | after | answers |" "|---|---|---|---|---|---|" > out/road.md
+    trap 'rm -f out/stage.log out/road.part' EXIT
+    printf '%s\n' "| command | time | figure | before | after | answers |" "|---|---|---|---|---|---|" > out/road.part
     stage "bits per byte" val_bits_per_byte out/pretrain pretrain.py
     run sample.py --start="def is_" --max_new_tokens=60
     stage "accuracy on val" val_accuracy out/finetune_cls finetune_cls.py
@@ -45,7 +54,7 @@ default() {
     stage "loss of answers" val_loss out/distill distill.py
     stage "loss of answers" val_loss out/reason distill.py config/reason.py
     echo "Which word comes next?" | run sample.py --out_dir=out/dpo --chat
-    rm out/stage.log
+    mv out/road.part out/road.md
     printf '\n' && cat out/road.md
 }
 
@@ -57,54 +66,64 @@ write() {                           # write RUN OPTIONS...: what a run writes, a
 }
 
 obey() {                            # obey RUN poems|ci: the same held-out orders for each run, two poems to each
-    head -n 100 data/raw/"$2"_orders.txt | write "$1" --chat --lines --num_samples=2 --max_new_tokens=100
+    head -n "$orders" data/raw/"$2"_orders.txt | write "$1" --chat --lines --num_samples=2 --max_new_tokens=100
+}
+
+ci() {                              # ci STAGE OPTIONS...
+    train "$1.py" --init_from="$out/sft" --dataset=ci_sft --max_iters=400 --batch_size=8 --report_size=0 \
+        --out_dir="$out/ci_$1" "${@:2}"
+    obey "$out/ci_$1" ci
+}
+
+student() {                         # student NAME TEACHER DATASET
+    train distill.py --teacher="$2" --dataset="$3" --max_iters=120 --batch_size=16 --report_size=0 --out_dir="$out/$1"
+    obey "$out/$1" poems
 }
 
 poems() {
-    out=${OUT:-out/poems} seed=${SEED:-1337}
+    out=${OUT:-out/poems} seed=${SEED:-1337} orders=100 own=poems_own taught=poems_taught
+    if [ -n "${STEPS:-}" ]; then orders=4 own=poems_dpo taught=poems_sft; fi
     [ -f data/raw/poems_practice.txt ] || run data/poems.py
     run train_tokenizer.py --input=data/raw/poems.jsonl --split_han --out_dir="$out/tokenizer"
     rm -rf data/poems data/poems_cls data/poems_sft data/ci_sft     # each stage prepares its own, by this tokenizer
 
-    run pretrain.py --dataset=poems --tokenizer="$out/tokenizer" --prompt=《 --max_iters=480 --eval_interval=240 \
+    train pretrain.py --dataset=poems --tokenizer="$out/tokenizer" --prompt=《 --max_iters=480 --eval_interval=240 \
         --seed="$seed" --out_dir="$out/pretrain"
     obey "$out/pretrain" poems
-    printf '《\n%.0s' {1..200} | write "$out/pretrain" --start=- --lines --max_new_tokens=100
-    run finetune_cls.py --init_from="$out/pretrain" --dataset=poems_cls --block_size=128 --out_dir="$out/cls"
-    run finetune_cls.py --init_from="$out/pretrain" --dataset=poems_cls --block_size=128 --out_dir="$out/cls_random" \
-        --random_weights
+    printf '《\n%.0s' $(seq $((2 * orders))) | write "$out/pretrain" --start=- --lines --max_new_tokens=100
+    train finetune_cls.py --init_from="$out/pretrain" --dataset=poems_cls --block_size=128 --out_dir="$out/cls"
+    train finetune_cls.py --init_from="$out/pretrain" --dataset=poems_cls --block_size=128 \
+        --out_dir="$out/cls_random" --random_weights
 
-    run sft.py --init_from="$out/pretrain" --dataset=poems_sft --max_iters=320 --eval_interval=160 \
+    train sft.py --init_from="$out/pretrain" --dataset=poems_sft --max_iters=320 --eval_interval=160 \
         --report_size=0 --seed="$seed" --out_dir="$out/sft"
     obey "$out/sft" poems
 
-    run sample.py --out_dir="$out/sft" --chat --lines --num_samples=8 --max_new_tokens=100 --temperature=0.8 \
-        < data/raw/poems_practice.txt > "$out/practice.txt"
-    run data/poems.py --pairs="$out/practice.txt"
-    run prepare.py --input=data/raw/poems_own.jsonl --tokenizer="$out/tokenizer"
-    run dpo.py --init_from="$out/sft" --dataset=poems_own --block_size=128 --batch_size=16 --epochs=2 \
+    if [ -z "${STEPS:-}" ]; then
+        run sample.py --out_dir="$out/sft" --chat --lines --num_samples=8 --max_new_tokens=100 --temperature=0.8 \
+            < data/raw/poems_practice.txt > "$out/practice.txt"
+        run data/poems.py --pairs="$out/practice.txt"
+    fi
+    run prepare.py --input="data/raw/$own.jsonl" --dataset=poems_own --tokenizer="$out/tokenizer"
+    train dpo.py --init_from="$out/sft" --dataset=poems_own --block_size=128 --batch_size=16 --epochs=2 \
         --learning_rate=1e-4 --seed="$seed" --out_dir="$out/dpo"
     obey "$out/dpo" poems
 
-    for how in "lora --learning_rate=1e-2" sft; do
-        set -- $how
-        run "$1.py" --init_from="$out/sft" --dataset=ci_sft --max_iters=400 --batch_size=8 --report_size=0 \
-            --out_dir="$out/ci_$1" "${@:2}"
-        obey "$out/ci_$1" ci
-    done
+    ci lora --learning_rate=1e-2
+    ci sft
 
-    run prepare.py --input=data/raw/poems_taught.jsonl --tokenizer="$out/tokenizer"
-    for how in "student $out/sft poems_sft" "alone '' poems_sft" "taught '' poems_taught"; do
-        set -- $how
-        run distill.py --teacher="${2//\'/}" --dataset="$3" --max_iters=120 --batch_size=16 --report_size=0 \
-            --out_dir="$out/$1"
-        obey "$out/$1" poems
-    done
+    run prepare.py --input="data/raw/$taught.jsonl" --dataset=poems_taught --tokenizer="$out/tokenizer"
+    student student "$out/sft" poems_sft
+    student alone '' poems_sft
+    student taught '' poems_taught
     run data/poems_page.py "$out"
 }
 
+[[ ${STEPS:-1} =~ ^[1-9][0-9]{0,8}$ ]] || refuse "STEPS=$STEPS: give a whole number from 1 up"
+[[ ${SEED:-1} =~ ^(0|[1-9][0-9]{0,17})$ ]] || refuse "SEED=$SEED: give a whole number from 0 up"
 case "$*" in
-    "") default ;;
+    "") [ -z "${SEED:-}${OUT:-}" ] || refuse "SEED and OUT are for poems, as in SEED=2 OUT=out/again bash tests/road.sh poems"
+        default ;;
     poems) poems ;;
-    *) echo "road.sh: $*: give nothing, or poems" >&2; exit 2 ;;
+    *) refuse "$*: give nothing, or poems" ;;
 esac

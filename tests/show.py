@@ -6,6 +6,7 @@
 The runs are temporary. The points of pretraining leave a picture, out/pictures/NAME.png; classifier and
 loss_on start from out/pretrain, which `python pretrain.py` makes. A held-out loss is in nats.
 """
+import functools
 import io
 import json
 import runpy
@@ -24,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import model_minimind  # noqa: E402  (the line above makes it importable)
-from configurator import clock, draw, draw_shares, fail, make_folder, one_of, start_run  # noqa: E402
+from configurator import (clock, draw, draw_shares, fail, last_words, load_checkpoint, make_folder,  # noqa: E402
+                          one_of, start_run)
 from prepare import data_folder, read_split  # noqa: E402
 from pretrain import bands_of, loss_by_position  # noqa: E402
 from sample import generate, load_run  # noqa: E402
@@ -39,7 +41,7 @@ def train(script, folder, **settings):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     began, arguments = time.time(), [f'--{key}={value}' for key, value in settings.items()]
     sys.argv = [str(ROOT / script), f'--out_dir={folder}', *arguments, '--eval_interval=1000000']
-    print(f"training: {folder.name}", end='', file=sys.stderr, flush=True)
+    print(f"training: {folder.name}", file=sys.stderr, flush=True)     # a line: the stage may have words, too
     with redirect_stdout(io.StringIO()):
         try:
             runpy.run_path(sys.argv[0], run_name='__main__')
@@ -48,7 +50,7 @@ def train(script, folder, **settings):
                 raise
     for number, handler in handlers.items():            # the loop had its own
         signal.signal(number, handler)
-    print(f", {clock(time.time() - began)}", file=sys.stderr)
+    print(f"trained in {clock(time.time() - began)}", file=sys.stderr)
     return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
 
 
@@ -184,10 +186,13 @@ POINTS = dict(positions=positions, norms=norms, heads=heads, experts=experts, cl
 
 
 if __name__ == '__main__':
+    sys.excepthook = functools.partial(last_words, ())
     names, rule = sys.argv[1:], one_of(*POINTS)
     for name in names:
         if rule(name):
             fail(f"a point to show {rule(name)}, not {name!r}")
+    if {'classifier', 'loss_on'} & {*names}:
+        load_checkpoint(ROOT / 'out' / 'pretrain')          # told before any point is worked at
     if not names:
         print(__doc__, *(f"{name:12}{point.__doc__}" for name, point in POINTS.items()), sep='\n')
     for name in names:

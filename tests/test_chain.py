@@ -3,11 +3,15 @@
 The models are tiny and the steps are few. What is tested is that every hand-over fits, on the built-in data.
 """
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, numbers
+from conftest import ROOT, TEXT, numbers
 
 from model_minimind import weights_to_hf
 from sample import load_run
@@ -121,3 +125,91 @@ def test_the_road_of_nanogpt(script, tmp_path, byte_tokenizer):
     assert abs(losses[0] - losses[1]) < 2e-4 and not (tmp_path / 'none').exists()
     text = script('sample.py', '--out_dir=out', '--start=the', '--max_new_tokens=5').stdout
     assert text.startswith('the')
+
+
+# ---- tests/road.sh, with a stand-in for python that writes down what it should do ----
+
+STUB = r"""#!/bin/bash
+if [ "$1" = - ]; then exec REAL "$@"; fi
+printf '%s\t' "$@" >> commands; echo >> commands
+if [ "$1" = "$BREAK" ]; then exit 1; fi
+if [ "$1" = sample.py ]; then cat > /dev/null; fi
+for arg; do
+    if [[ $arg = --out_dir=* ]]; then mkdir -p "${arg#*=}"; fi
+done
+"""
+STAGES = ['pretrain', 'finetune_cls', 'sft', 'dpo', 'lora', 'distill']
+TRIAL = ['--epochs=0', '--max_iters=3', '--eval_interval=3']
+
+
+@pytest.fixture
+def road(tmp_path):
+    """road(*arguments, STEPS='3') is (what came of it, the commands, folder of the repository)."""
+    here = tmp_path / 'a b'
+    for folder in 'tests', 'bin', 'data/raw', 'data/poems', *(f'out/{name}' for name in [*STAGES, 'reason']):
+        (here / folder).mkdir(parents=True)
+    shutil.copy(ROOT / 'tests' / 'road.sh', here / 'tests')
+    for name in STAGES:
+        shutil.copy(ROOT / f'{name}.py', here)
+    for path in here.glob('out/*'):
+        (path / 'metrics.jsonl').write_text('{"val_bits_per_byte": 1, "val_accuracy": 1, "val_loss": 1}\n')
+    for name in ('poems_practice', 'poems_orders', 'ci_orders'):
+        (here / 'data' / 'raw' / f'{name}.txt').write_text('x\n' * 300)
+    (here / 'out' / 'road.md').write_text('before\n')
+    (here / 'bin' / 'python').write_text(STUB.replace('REAL', sys.executable))
+    (here / 'bin' / 'python').chmod(0o755)
+
+    def run(*arguments, **env):
+        done = subprocess.run(['bash', here / 'tests' / 'road.sh', *arguments], capture_output=True,
+                              text=True, stdin=subprocess.DEVNULL,
+                              env={'PATH': f"{here / 'bin'}:{os.environ['PATH']}", **env})
+        path = here / 'commands'
+        rows = path.read_text().splitlines() if path.exists() else []
+        return done, [row.rstrip('\t').split('\t') for row in rows], here
+    return run
+
+
+@pytest.mark.parametrize('env, words', [
+    (dict(STEPS='abc'), 'STEPS=abc: give a whole number from 1 up'), (dict(STEPS='0'), 'STEPS=0'),
+    (dict(STEPS='-1'), 'STEPS=-1'), (dict(SEED='abc'), 'SEED=abc: give a whole number from 0 up'),
+    (dict(SEED='2'), 'SEED and OUT are for poems'), (dict(OUT='out/x'), 'SEED and OUT are for poems')])
+def test_a_road_that_cannot_be_walked_changes_nothing(road, env, words):
+    for arguments in [[], ['poems']] if 'give' in words or 'STEPS' in env else [[]]:
+        done, commands, here = road(*arguments, **env)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1 and not commands
+        assert (here / 'out' / 'road.md').read_text() == 'before\n' and (here / 'data' / 'poems').exists()
+
+
+@pytest.mark.parametrize('steps', ['', '3'])
+def test_the_default_road_is_a_table_that_is_whole_or_not_there(road, steps):
+    done, _, here = road(STEPS=steps, BREAK='lora.py')
+    assert done.returncode == 1 and (here / 'out' / 'road.md').read_text() == 'before\n'
+    (here / 'commands').unlink()
+    done, commands, _ = road(STEPS=steps)
+    assert done.returncode == 0, done.stderr
+    trains = [command for command in commands if command[0] != 'sample.py']
+    assert [c[0] for c in trains] == [*(f'{name}.py' for name in STAGES), 'distill.py']
+    assert all(command[-3:] == TRIAL if steps else len(command) < 3 for command in trains)
+    assert ['--report_size=4' in command for command in trains] == [bool(steps) and name not in (
+        'pretrain', 'finetune_cls', 'dpo') for name in [*STAGES, 'distill']]
+    assert len((here / 'out' / 'road.md').read_text().splitlines()) == 2 + 7
+    assert not list(here.glob('out/road.*t')) and not (here / 'out' / 'stage.log').exists()
+
+
+@pytest.mark.parametrize('steps', ['', '3'])
+def test_the_road_of_poems_trains_each_stage_for_as_many_steps(road, steps):
+    done, commands, here = road('poems', STEPS=steps, SEED='2', OUT='out/again and again')
+    assert done.returncode == 0, done.stderr
+    trains = [command for command in commands if command[0][:-3] in STAGES]
+    assert [command[0][:-3] for command in trains] == [
+        'pretrain', 'finetune_cls', 'finetune_cls', 'sft', 'dpo', 'lora', 'sft', *['distill'] * 3]
+    assert all((command[-3:] == TRIAL) == bool(steps) for command in trains)
+    assert [arg for command in trains for arg in command if arg.startswith('--teacher=')] == [
+        '--teacher=out/again and again/sft', '--teacher=', '--teacher=']
+    assert sum('--seed=2' in command for command in trains) == 3
+    runs = ['alone', 'ci_lora', 'ci_sft', 'cls', 'cls_random', 'dpo', 'pretrain', 'sft', 'student', 'taught',
+            'tokenizer']
+    out = here / 'out' / 'again and again'
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == runs
+    assert ([command[0] for command in commands].count('data/poems.py') == 10) == (not steps)
+    assert commands[-1] == ['data/poems_page.py', 'out/again and again']

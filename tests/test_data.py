@@ -337,7 +337,7 @@ def test_a_built_in_set_is_a_file_that_is_written_once(script, tmp_path, tokeniz
     """In a copy of the repository, since data/raw/ lies in it; its path can't be printed in ascii."""
     copy, ascii = tmp_path / '灯塔', {'PYTHONIOENCODING': 'ascii'}
     for name in ('configurator.py', 'train_tokenizer.py', 'prepare.py', 'data/reason.py',
-                 'data/chatml.jinja'):
+                 'data/files.py', 'data/chatml.jinja'):
         (copy / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(ROOT / name, copy / name)
     options = [f'--tokenizer={tokenizer_folder}', '--dataset=./reason']

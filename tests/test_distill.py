@@ -2,6 +2,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -190,6 +192,39 @@ def test_a_student_is_taught_the_right_answers_of_a_teacher(tmp_path):
     (tmp_path / 'b.txt').write_text('so\n')
     with pytest.raises(ValueError, match='no right answer'):
         reason.taught(tmp_path / 'b.txt')
+
+
+def test_a_student_is_not_taught_what_is_held_out(tmp_path, capsys):
+    """A file may open with a byte order mark, too."""
+    reason = data_script('reason')
+    sides = {record['split']: [turn['content'] for turn in record['conversations']]
+             for record in reason.problems(count=3000)}
+    (tmp_path / 'a.txt').write_text(f'\n{"-" * 40}\n'.join(map('\n'.join, sides.values())), 'utf-8-sig')
+    for found in reason.taught(tmp_path / 'a.txt'):
+        texts = [[turn['content'] for turn in r['conversations']] for r in found if r['split'] == 'train']
+        assert texts[0] == sides['train'] and sides['val'] not in texts
+    assert '1 of 2 different answers are left out: their problems are held out' in capsys.readouterr().out
+
+
+def test_what_ends_reason_is_one_line_and_leaves_nothing(script, tmp_path):
+    """Ctrl-C; a full disk, for a file and for stdout; a file that is no text. stdout may be closed."""
+    for name in ('reason', 'files'):
+        shutil.copy(ROOT / 'data' / f'{name}.py', tmp_path)
+    (tmp_path / 'bad.txt').write_bytes(b'\xff')
+    assert 'bad.txt is not UTF-8' in script(tmp_path / 'reason.py', '--taught=bad.txt', code=2).stderr
+    command = f'{sys.executable} reason.py'
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "\
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9)); "
+    run_it = "import runpy, sys; sys.argv = ['reason.py']; runpy.run_path('reason.py', run_name='__main__')"
+    for shell, code, words in [
+            (f"{command} > /dev/full", 1, 'No space left'),
+            (f'{sys.executable} -c "{limit}{run_it}"', 1, 'reason.jsonl: File too large'),
+            (f'{sys.executable} -c "import json, signal; json.dumps = lambda _: signal.raise_signal(2); '
+             f'{run_it}"', 130, 'interrupted'),
+            (f"{command} >&-", 0, '')]:
+        done = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code and words in done.stderr and len(done.stderr.split('\n')) <= 3, done
+        assert not list(tmp_path.glob('raw/*.part'))
 
 
 # ---- the run ----

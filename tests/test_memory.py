@@ -59,6 +59,28 @@ def test_the_memory_of_a_config_is_a_line(script):
     assert 1 < total < 3 and len(parts) == 4 and sum(parts) == pytest.approx(total, abs=0.03)
 
 
+def test_auto_is_bfloat16_and_a_tokenizer_gives_the_vocabulary(script, tokenizer_folder):
+    own = f'--tokenizer={tokenizer_folder}'
+    lines = {option: script('tests/memory.py', 'config/gpt2_124m.py', '--batch_size=1', option).stdout
+             for option in ('--dtype=auto', '--dtype=bfloat16', '--dtype=float32', own)}
+    weights = {option: numbers(r'([\d.]+) weights', line)[0] for option, line in lines.items()}
+    assert lines['--dtype=auto'] == lines['--dtype=bfloat16'] != lines['--dtype=float32']
+    assert weights['--dtype=auto'] - weights[own] == pytest.approx(4 * (50257 - 350) * 768 / 1e9, abs=0.01)
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--init_from=gpt2'], 'only a new model is counted'), (['--init_from', 'resume'], 'only a new model'),
+    (['--ranks=abc'], 'as in --ranks=8'), (['--ranks='], 'as in --ranks=8'),
+    (['--ranks=0'], 'from 1 up'), (['--ranks=-1'], 'from 1 up'), (['--ranks', '8'], 'as in --ranks=8'),
+    (['--ranks=2', '--ranks=2'], '--ranks=2 --ranks=2: give the number of ranks once'),
+    (['--dtype=int8'], "must be one of 'auto', 'float32', 'bfloat16', 'float16', not 'int8'"),
+    (['--parallel=fsdp'], 'with --ranks=8'), (['--parallel', 'fsdp', '--ranks=2'], 'with --ranks=8'),
+    (['--tokenizer=nowhere'], 'no tokenizer nowhere/tokenizer.json'), (['--model=gpt3'], 'must be one of'),
+    (['--use_moe', '--model=minimind', '--dtype=float32'], 'in bfloat16 alone')])
+def test_what_cannot_be_counted_is_one_line(script, options, words):
+    assert words in script('tests/memory.py', *options, code=2).stderr
+
+
 RANKS = """
 from configurator import start_run
 from test_memory import CONFIG, measured

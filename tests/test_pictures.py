@@ -1,4 +1,5 @@
 """pictures.py: the weights it draws are the model's, each picture is drawn, and mistakes are one line."""
+import json
 import warnings
 
 import pictures
@@ -54,7 +55,7 @@ def test_neighbours_are_those_of_the_largest_cosine(tiny_run):
 
 def test_each_picture_is_drawn(script, folder, tiny_run):
     pytest.importorskip('matplotlib')
-    done = script('tests/pictures.py', f'--out_dir={folder.parent}/pretrain')
+    done = script('tests/pictures.py')
     assert sorted(path.stem for path in folder.iterdir()) == sorted(DRAWN)
     for name in ('attention', 'embeddings', 'loss'):
         assert f'{name}: no run in {folder.parent}/pretrain' in done.stdout
@@ -87,15 +88,24 @@ def test_mistakes_are_one_line(script, folder, tiny_run, tmp_path):
     (tmp_path / 'damaged' / 'metrics.jsonl').write_text('{"step": 0, "lo')
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'empty' / 'metrics.jsonl').write_text('')
+    for name, step, tokens in ('before', -1, 5), ('none', 0, 0):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'metrics.jsonl').write_text(json.dumps(dict(step=step, loss=1.0, tokens=tokens)))
     for options, words in [
             (['gleu'], "no picture 'gleu'; there are embeddings"),
             (['loss', '--out_dir=nowhere'], 'train one with `python pretrain.py`'),
             (['loss', '--out_dir=damaged'], 'holds no losses of a run'),
             (['loss', '--out_dir=empty'], 'holds no losses of a run'),
+            (['loss', '--out_dir=before'], 'holds no losses of a run'),
+            (['loss', '--out_dir=none'], 'holds no losses of a run'),
+            (['--out_dir=nowhere'], 'no run in nowhere to draw'), (['--nope'], 'unrecognized arguments'),
+            (['embeddings', '--token=\udcff'], "--token takes UTF-8 text, not '\\udcff'"),
+            (['gelu', 'embeddings', f'--out_dir={run}', '--token=two words'], 'tokens, give one of these'),
             (['gelu', '--token=a'], '--token is for embeddings'),
             (['attention', f'--out_dir={run}', f'--prompt={"sea " * 50}'], 'tokens, too many for a picture'),
             (['embeddings', f'--out_dir={run}', '--token=zebra'], "is 5 tokens, give one of these: 'z'")]:
         assert words in script('tests/pictures.py', *options, code=2).stderr
+    assert not folder.exists()                              # nothing was drawn before
 
 
 def test_without_matplotlib_a_run_says_it_once(tmp_path, capsys, no_matplotlib):

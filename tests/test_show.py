@@ -1,9 +1,12 @@
 """show.py: each point, at a size that takes a second. What comes out is not looked at, only that it does."""
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import show
-from conftest import TEXT
+from conftest import ONE_THREAD, ROOT, TEXT
 
 from prepare import Piece, write_data
 
@@ -30,3 +33,36 @@ def test_the_points_are_listed_and_an_unknown_one_is_one_line(script):
     out = script('tests/show.py').stdout
     assert all(f'\n{name} ' in out for name in show.POINTS)
     assert "did you mean 'norms'" in script('tests/show.py', 'norm', code=2).stderr
+
+
+def test_a_point_that_lacks_its_start_is_refused_before_any_is_shown(script, tmp_path, monkeypatch, capsys):
+    for name in ('configurator.py', 'tests/show.py', *(f'{name}.py' for name in (
+            'model_gpt2', 'model_minimind', 'prepare', 'pretrain', 'sample', 'train_tokenizer'))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    done = script(tmp_path / 'tests' / 'show.py', 'norms', 'loss_on', code=2, process=True)
+    assert 'train first, with `python pretrain.py`' in done.stderr and not done.stdout
+    with pytest.raises(SystemExit):                             # a stage's own line stands alone
+        monkeypatch.setattr('sys.argv', ['show.py'])
+        show.train('sft.py', tmp_path / 'answers', init_from='nowhere')
+    assert capsys.readouterr().err.startswith('training: answers\nsft.py: ')
+
+
+INTERRUPTED = """
+import builtins, runpy, signal, sys
+real = print
+builtins.print = lambda *args, file=None, **how: (
+    real(*args, file=file, **how) if file else signal.raise_signal(2))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('tool', ['show.py norms', 'pictures.py', 'memory.py'])
+def test_ctrl_c_is_one_line(tmp_path, tool):
+    pytest.importorskip('matplotlib')
+    (tmp_path / 'run.py').write_text(INTERRUPTED)
+    name, *points = tool.split()
+    done = subprocess.run([sys.executable, 'run.py', ROOT / 'tests' / name, *points], cwd=tmp_path,
+                          capture_output=True, text=True, env=ONE_THREAD)
+    assert (done.returncode, done.stderr.strip()) == (130, 'interrupted')
