@@ -336,8 +336,8 @@ def resume_settings(settings, keys, rules, given, places):
 
 
 def parse(text, default):
-    """The Python literal that text from the command line holds. A str takes it as it is, or quoted."""
-    if isinstance(default, str) and text[:1] not in ('"', "'"):
+    """The Python literal that text from the command line holds. A str is the text as it is, or all quoted."""
+    if isinstance(default, str) and not re.fullmatch(r"""(["'])(\\.|(?!\1)[^\\])*\1""", text, re.DOTALL):
         return text
     try:
         return ast.literal_eval(text)

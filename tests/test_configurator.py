@@ -52,6 +52,9 @@ def test_values_are_python_literals(stage):
     assert stage('--steps=1_000', '--rate=1', '--fast') == (1000, 1.0, True, 'plain', '')
     assert stage('--fast=True', '--start=a=b', '--name="fancy"') == (10, 0.5, True, 'fancy', 'a=b')
     assert stage('--start=3')[4] == '3'
+    for text in ('"hello" # hm', '"Win", "now"', '"a" "b"', "'tis", r'"a\"'):      # it opens with a quote
+        assert stage(f'--start={text}')[4] == text
+    assert stage(r'--start="a\n\"b\""')[4] == 'a\n"b"'
 
 
 def test_a_folder_is_kept_in_full_as_a_run_may_be_resumed_from_elsewhere(tmp_path, monkeypatch):
