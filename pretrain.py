@@ -464,6 +464,19 @@ def orthogonalise(x, dtype=torch.float32):
     return x
 
 
+def orthogonalise_shared(x, dtype):
+    """The same, shared out over the ranks, which all hold all matrices: (N, m, n) -> (N, m, n)."""
+    if len(x) == 1 or not dist.is_initialized():
+        return orthogonalise(x, dtype)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    n = math.ceil(len(x) / ranks)                       # matrices a rank; the last ranks may have fewer
+    own = orthogonalise(x[n * rank:n * (rank + 1)], dtype)
+    found = own.new_zeros(ranks, n, *x.shape[1:])
+    found[rank, :len(own)] = own
+    dist.all_gather([*found], found[rank].clone())
+    return found.flatten(0, 1)[:len(x)]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal matrix, so that
     no direction dominates the step; 0.2 sqrt(max(m, n)) gives the step AdamW's size. Matrices of one shape,
@@ -489,7 +502,7 @@ class Muon(torch.optim.Optimizer):
                     ahead.append(x.view(-1, *shape))
                 kind = p.device.type
                 dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-                steps = orthogonalise(torch.cat(ahead), dtype).split([len(x) for x in ahead])
+                steps = orthogonalise_shared(torch.cat(ahead), dtype).split([len(x) for x in ahead])
                 size = 0.2 * math.sqrt(max(shape))
                 for p, x in zip(params, steps):
                     p.mul_(1 - group['lr'] * group['weight_decay'])

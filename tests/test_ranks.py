@@ -164,6 +164,23 @@ _torch.nn.Module.compile = lambda self: setattr(
     assert out.count('graph of attention') == 4
 
 
+def test_the_work_of_muon_is_shared_out_over_ranks(script, tmp_path):
+    """Each of three makes the steps of its share of the matrices; there may be fewer than ranks."""
+    (tmp_path / 'muon.py').write_text("""
+import pretrain, torch
+from unittest.mock import patch
+run, asked, plain = pretrain.start_run('cpu', 'float32'), [], pretrain.orthogonalise
+for n in range(1, 8):
+    x = torch.randn(n, 4, 8, generator=torch.Generator().manual_seed(n))
+    expected = plain(x)
+    with patch('pretrain.orthogonalise', lambda x, dtype: asked.append(len(x)) or plain(x, dtype)):
+        torch.testing.assert_close(pretrain.orthogonalise_shared(x, torch.float32), expected)
+assert run.sum(*asked) == [3, 2, 3, 4, 5, 6, 7]        # one alone by all, else each by one
+run.end()
+""")
+    script(tmp_path / 'muon.py', torchrun=3, env={'PYTHONPATH': str(ROOT)})
+
+
 # ---- machines ----
 
 def test_two_machines_without_a_shared_disk(tiny_run, tmp_path):
