@@ -607,6 +607,14 @@ def make_folder(path):
         fail(f"cannot make the folder {path}: {e.strerror}")
 
 
+def partial_folder(folder):
+    """A new folder beside another, to be filled for it. What is left of it when the process ends is gone."""
+    partial = f'{os.path.normpath(folder)}.{os.getpid()}.partial'       # a name that nobody else has
+    atexit.register(shutil.rmtree, partial, ignore_errors=True)
+    make_folder(partial)
+    return partial
+
+
 @contextmanager
 def replacing(path, previous=None):
     """Yield the name of a new file that takes the place of `path` at the end, whole and on the disk; if it

@@ -28,7 +28,6 @@ A prepared data set is a folder. For each split it holds the documents one after
 and meta.json, and the tokenizer. The arrays are read with mmap_mode='r', so memory use does not grow with the
 corpus. Tokenizer and chat layout come from train_tokenizer.py. (Chapters I-1, I-7, I-8, II-8 to II-12.)
 """
-import atexit
 import csv
 import difflib
 import hashlib
@@ -47,7 +46,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from configurator import HERE, Progress, between, configure, fail, fits, make_folder, one_of, read_json
+from configurator import HERE, Progress, between, configure, fail, fits, one_of, partial_folder, read_json
 
 import numpy as np
 
@@ -700,9 +699,7 @@ def write_data(folder, tokenizer, pieces, source, task='pretrain'):
         fail(f"{folder} is there, and is no prepared data set: move it, or choose another --dataset")
     if os.path.isabs(source) and (os.path.realpath(source) + os.sep).startswith(folder + os.sep):
         fail(f"{source} lies in {folder}, which is written anew: choose another --dataset")
-    partial = f'{folder}.{os.getpid()}.partial'     # a name that nobody else has
-    atexit.register(shutil.rmtree, partial, ignore_errors=True)     # a run that fails leaves nothing behind
-    make_folder(partial)
+    partial = partial_folder(folder)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     writers = {}                                    # of the splits that the Pieces name
 

@@ -17,22 +17,20 @@ Decoding picks from it: the likeliest token each time (greedy, temperature=0), o
     top_p               only the likeliest that together reach probability p remain (Holtzman et al. 2020)
     min_p               only tokens min_p times as likely as the likeliest remain (Nguyen et al. 2024)
 """
-import atexit
 import difflib
 import functools
 import importlib.util
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 
 from configurator import (FULL, at_least, bare_weights, between, build_model, check_weights, configure, draw,
-                          fail, fingerprint, load_checkpoint, make_folder, one_of, parse, read_file,
-                          read_json, refuse_model, replacing, start_run, tell)
+                          fail, fingerprint, load_checkpoint, make_folder, one_of, parse, partial_folder,
+                          read_file, read_json, refuse_model, replacing, start_run, tell)
 
 import torch
 from torch import nn
@@ -722,8 +720,7 @@ def write_folder(model, tokenizer, folder):
     ids['eos_token_id'] = ends if len(ends) > 1 else ends[0]
     tokenizer.generation.update(ids)
     tokenizer.words['model_max_length'] = model.config.context
-    partial = f'{os.path.normpath(folder)}.{os.getpid()}.partial'      # a name that nobody else has
-    atexit.register(shutil.rmtree, partial, ignore_errors=True)     # a run that is cut leaves nothing behind
+    partial = partial_folder(folder)
     model.save_pretrained(partial, **ids)
     tokenizer.save(partial)
     make_folder(folder)
