@@ -69,9 +69,14 @@ obey() {                            # obey RUN poems|ci: the same held-out order
     head -n "$orders" data/raw/"$2"_orders.txt | write "$1" --chat --lines --num_samples=2 --max_new_tokens=100
 }
 
+era() {                             # era RUN OPTIONS...: Tang or Song
+    train finetune_cls.py --init_from="$out/pretrain" --dataset=poems_cls --block_size=128 --learning_rate=8e-3 \
+        --out_dir="$out/$1" "${@:2}"
+}
+
 ci() {                              # ci STAGE OPTIONS...
-    train "$1.py" --init_from="$out/sft" --dataset=ci_sft --max_iters=400 --batch_size=8 --report_size=0 \
-        --out_dir="$out/ci_$1" "${@:2}"
+    train "$1.py" --init_from="$out/sft" --dataset=ci_sft --max_iters=400 --batch_size=8 --eval_interval=200 \
+        --report_size=0 --out_dir="$out/ci_$1" "${@:2}"
     obey "$out/ci_$1" ci
 }
 
@@ -91,9 +96,8 @@ poems() {
         --seed="$seed" --out_dir="$out/pretrain"
     obey "$out/pretrain" poems
     printf '《\n%.0s' $(seq $((2 * orders))) | write "$out/pretrain" --start=- --lines --max_new_tokens=100
-    train finetune_cls.py --init_from="$out/pretrain" --dataset=poems_cls --block_size=128 --out_dir="$out/cls"
-    train finetune_cls.py --init_from="$out/pretrain" --dataset=poems_cls --block_size=128 \
-        --out_dir="$out/cls_random" --random_weights
+    era cls
+    era cls_random --random_weights
 
     train sft.py --init_from="$out/pretrain" --dataset=poems_sft --max_iters=320 --eval_interval=160 \
         --report_size=0 --seed="$seed" --out_dir="$out/sft"
@@ -109,7 +113,7 @@ poems() {
         --learning_rate=1e-4 --seed="$seed" --out_dir="$out/dpo"
     obey "$out/dpo" poems
 
-    ci lora --learning_rate=1e-2
+    ci lora --rank=32 --alpha=64 --learning_rate=1e-2
     ci sft
 
     run prepare.py --input="data/raw/$taught.jsonl" --dataset=poems_taught --tokenizer="$out/tokenizer"
