@@ -47,7 +47,7 @@ def running():
         os._exit(141)
     except OSError as e:
         if e.errno not in FULL:
-            fail(e)
+            fail(f"{e.filename}: {e.strerror}" if e.filename else e)
         with suppress(SystemExit):
             fail(f"{e.filename or 'stdout'}: {e.strerror}", code=1)
         os._exit(1)                                 # else Python writes out stdout once more, and fails aloud
