@@ -188,7 +188,8 @@ def plain_attention(q, k, v, allowed):
 
 class KVCache:
     """Keys and values of the tokens already read, preallocated (chapter II-5).
-    keys, values: one (B, H_kv, max_tokens, D) tensor per layer. length: tokens held, the same for every row.
+    keys, values: one (B, H_kv, max_tokens, D) tensor per layer. length: tokens held, the same for every row;
+    as a tensor it is for a step that is recorded, see sample.py, and all of the cache is looked at, masked.
     padding (B,): how many tokens at the left of each row are padding, None for none; set it before the first
     call. Rows of different length are padded there, so that all end together. Padding is never looked at, and
     positions count from the first real token. like: a tensor on the device and of the dtype to store in."""
@@ -209,6 +210,10 @@ class KVCache:
 def append(past, k, v):
     """Store k, v (B, H_kv, T, D) behind what a layer of the cache holds; all is (B, H_kv, length + T, D)."""
     keys, values, length = past
+    if torch.is_tensor(length):                         # always the same memory: a mask hides what is empty
+        at = length + torch.arange(k.size(2), device=k.device)
+        keys[:, :, at], values[:, :, at] = k, v
+        return keys, values
     end = length + k.size(2)
     keys[:, :, length:end], values[:, :, length:end] = k, v
     return keys[:, :, :end], values[:, :, :end]
@@ -424,12 +429,13 @@ def positions_and_mask(tokens, cache, segments, context):
     tokens, cache, segments: as in forward."""
     assert cache is None or segments is None, "a cache holds one document per row"
     past, limit = (cache.length, cache.max_tokens) if cache else (0, context)
-    end = past + tokens.size(1)
+    recorded = torch.is_tensor(past)
+    end = limit if recorded else past + tokens.size(1)
     if end > limit:
         raise ValueError(f"{end} tokens exceed the {'cache' if cache else 'context'} of {limit}")
-    positions = torch.arange(past, end, device=tokens.device)[None]                    # (1, T)
+    positions = past + torch.arange(tokens.size(1), device=tokens.device)[None]        # (1, T)
     padding = cache.padding if cache else None
-    if segments is None and padding is None and (past == 0 or tokens.size(1) == 1):
+    if segments is None and padding is None and not recorded and (past == 0 or tokens.size(1) == 1):
         return positions, None
     keys = torch.arange(end, device=tokens.device)                                     # (S,)
     itself, before = keys == positions.mT, keys < positions.mT                         # (T, S)

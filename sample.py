@@ -35,6 +35,7 @@ from configurator import (FULL, at_least, bare_weights, between, build_model, ch
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model_gpt2 import GPT2, OFFICIAL, TRANSPOSED, GPT2Config
 from model_minimind import EXPERT_KEYS, MiniMind, MiniMindConfig, rope_table
@@ -161,6 +162,32 @@ def left_pad(prompts, device='cpu'):
     return torch.tensor(rows, device=device), torch.tensor(padding, device=device)
 
 
+def next_logits(model, cache, tokens):
+    """Logits of the token after tokens (B, T), which continue what the cache holds: (B, V)."""
+    hidden, _ = model(tokens, cache=cache, head=False)                     # only the last one needs a head
+    return model.lm_head(hidden[:, -1])
+
+
+class RecordedStep:
+    """next_logits for one token of each row, recorded once as a CUDA graph and then started as a whole: it is
+    hundreds of small kernels, each of which takes the host longer to start than the GPU to run."""
+
+    def __init__(self, model, cache, tokens):
+        self.tokens, self.graph, length = tokens.clone(), torch.cuda.CUDAGraph(), cache.length
+        cache.length = torch.tensor(length, device=tokens.device)           # what is recorded counts it up
+        # a kernel that stores no scores goes through the keys one after another: for one query it waits
+        with sdpa_kernel(SDPBackend.MATH):
+            next_logits(model, cache, self.tokens)              # libraries load and blocks compile beforehand
+            cache.length.fill_(length)
+            with torch.cuda.graph(self.graph):
+                self.logits = next_logits(model, cache, self.tokens)
+
+    def __call__(self, tokens):
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
+
+
 @torch.inference_mode()
 def generate(model, tokens, max_new_tokens, stop=(), generator=None, padding=None, on_full='stop',
              vocab_size=None, use_cache=True, watch=None, **how):
@@ -182,6 +209,8 @@ def generate(model, tokens, max_new_tokens, stop=(), generator=None, padding=Non
     # what a row is padded with is no part of its text, but its last token is
     seen = tokens if padding is None else torch.where(
         torch.arange(T, device=tokens.device) < padding[:, None], tokens[:, -1:], tokens)
+    # a mixture's products may wait for the host, and hooks, of weights shared out, use other streams
+    records = tokens.is_cuda and not model.config.use_moe and not model._forward_pre_hooks
     cache = None
     for _ in range(max_new_tokens):
         if seen.size(1) > context:
@@ -194,9 +223,10 @@ def generate(model, tokens, max_new_tokens, stop=(), generator=None, padding=Non
         if cache is None or not use_cache:
             cache = model.make_cache(B, min(seen.size(1) + max_new_tokens, context))
             cache.padding = padding
-            tokens = seen
-        hidden, _ = model(tokens, cache=cache, head=False)                 # first the prompt, then one token
-        logits = model.lm_head(hidden[:, -1])[:, :vocab_size]              # (B, T, C) -> (B, V)
+            tokens, step = seen, functools.partial(next_logits, model, cache)       # first all, then a token
+        elif records and not isinstance(step, RecordedStep):
+            step = RecordedStep(model, cache, tokens)
+        logits = step(tokens)[:, :vocab_size]                               # (B, V)
         new = torch.where(ended, tokens[:, -1], choose(logits, seen, generator=generator, **how))
         if watch:
             watch(logits, seen, new)

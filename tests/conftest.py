@@ -101,6 +101,15 @@ def data_script(name):
     return module
 
 
+def read(model, cache, pieces, recorded=False):
+    """The logits of texts that are read piece by piece; recorded: as a GPU's recorded step sees the cache."""
+    logits = []
+    for piece in pieces:
+        logits.append(model(piece, cache=cache)[0])
+        cache.length = torch.tensor(cache.length) if recorded and not logits[1:] else cache.length
+    return torch.cat(logits, dim=1)
+
+
 @pytest.fixture(scope='session')
 def tokenizer():
     """A byte-level BPE tokenizer of 350 tokens with the three special ones, trained on TEXT."""

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TEXT, numbers
+from conftest import TEXT, numbers, read
 from torch.nn import functional as F
 
 from configurator import read_weights
@@ -51,6 +51,8 @@ def test_cached_in_chunks_is_uncached_and_the_future_is_unseen(options):
         parts = tokens.split([7, 1, 20, 12], dim=1)
         chunks = torch.cat([model(part, cache=cache)[0] for part in parts], dim=1)
         torch.testing.assert_close(chunks, whole, atol=1e-4, rtol=1e-4)
+        recorded = read(model, model.make_cache(2, 40), parts, recorded=True)
+        torch.testing.assert_close(recorded, whole, atol=1e-4, rtol=1e-4)
         changed = tokens.clone()
         changed[:, 25] = (changed[:, 25] + 1) % 211
         assert torch.equal(model(changed)[0][:, :25], whole[:, :25])
@@ -61,12 +63,13 @@ def test_cached_in_chunks_is_uncached_and_the_future_is_unseen(options):
         model(torch.zeros(1, 97, dtype=torch.long))
 
 
-def test_a_padded_row_is_the_row_alone():
+@pytest.mark.parametrize('recorded', [False, True])
+def test_a_padded_row_is_the_row_alone(recorded):
     model, tokens = random_model(), torch.randint(211, (3, 20))
-    cache = model.make_cache(3, 20)
+    cache = model.make_cache(3, 30)
     cache.padding = torch.tensor([0, 6, 19])
     with torch.no_grad():
-        together = torch.cat([model(part, cache=cache)[0] for part in tokens.split([12, 8], dim=1)], dim=1)
+        together = read(model, cache, tokens.split([12, 8], dim=1), recorded)
         for row, pad in enumerate(cache.padding.tolist()):
             alone = model(tokens[row:row + 1, pad:])[0][0]
             torch.testing.assert_close(together[row, pad:], alone, atol=1e-4, rtol=1e-4)

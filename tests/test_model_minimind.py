@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from conftest import read
 from torch import nn
 from torch.nn import functional as F
 
@@ -125,17 +126,18 @@ def test_the_future_changes_nothing(kind):
 @pytest.mark.parametrize('pieces', [[24], [10, 14], [1] * 24, [5, 1, 1, 17]])
 def test_cached_is_uncached(kind, pieces):
     model, x = tiny(**kind), tokens()
-    cache = model.make_cache(2, 24)
-    logits = torch.cat([model(piece, cache=cache)[0] for piece in x.split(pieces, dim=1)], dim=1)
-    torch.testing.assert_close(logits, model(x)[0], atol=1e-4, rtol=1e-4)
+    for recorded in (False, True):
+        logits = read(model, model.make_cache(2, 24), x.split(pieces, dim=1), recorded)
+        torch.testing.assert_close(logits, model(x)[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize('recorded', [False, True])
 @pytest.mark.parametrize('positions', POSITIONS)
-def test_a_padded_row_is_the_row_alone(positions):
+def test_a_padded_row_is_the_row_alone(positions, recorded):
     model, x = tiny(positions=positions), tokens()
-    cache = model.make_cache(2, 24)
+    cache = model.make_cache(2, 30)
     cache.padding = torch.tensor([0, 9])
-    logits = torch.cat([model(piece, cache=cache)[0] for piece in x.split([12, 1, 11], dim=1)], dim=1)
+    logits = read(model, cache, x.split([12, 1, 11], dim=1), recorded)
     torch.testing.assert_close(logits[1:, 9:], model(x[1:, 9:])[0], atol=1e-4, rtol=1e-4)
 
 
