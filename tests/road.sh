@@ -65,28 +65,28 @@ write() {                           # write RUN OPTIONS...: what a run writes, a
     run data/poems.py --judge="$1/samples.txt"
 }
 
-obey() {                            # obey RUN poems|ci: the same held-out orders for each run, two poems to each
-    head -n "$orders" data/raw/"$2"_orders.txt | write "$1" --chat --lines --num_samples=2 --max_new_tokens=100
+obey() {                            # obey RUN poems|ci N: the same held-out orders for each run, N poems to each
+    head -n "$orders" data/raw/"$2"_orders.txt | write "$1" --chat --lines --num_samples="$3" --max_new_tokens=100
 }
 
 era() {                             # era RUN OPTIONS...: Tang or Song
     train finetune_cls.py --init_from="$out/pretrain" --dataset=poems_cls --block_size=128 --learning_rate=8e-3 \
-        --out_dir="$out/$1" "${@:2}"
+        --eval_interval=50 --out_dir="$out/$1" "${@:2}"
 }
 
 ci() {                              # ci STAGE OPTIONS...
     train "$1.py" --init_from="$out/sft" --dataset=ci_sft --max_iters=400 --batch_size=8 --eval_interval=200 \
         --report_size=0 --out_dir="$out/ci_$1" "${@:2}"
-    obey "$out/ci_$1" ci
+    obey "$out/ci_$1" ci 2
 }
 
 student() {                         # student NAME TEACHER DATASET
     train distill.py --teacher="$2" --dataset="$3" --max_iters=120 --batch_size=16 --report_size=0 --out_dir="$out/$1"
-    obey "$out/$1" poems
+    obey "$out/$1" poems 2
 }
 
 poems() {
-    out=${OUT:-out/poems} seed=${SEED:-1337} orders=100 own=poems_own taught=poems_taught
+    out=${OUT:-out/poems} seed=${SEED:-1337} orders=200 own=poems_own taught=poems_taught
     if [ -n "${STEPS:-}" ]; then orders=4 own=poems_dpo taught=poems_sft; fi
     [ -f data/raw/poems_practice.txt ] || run data/poems.py
     run train_tokenizer.py --input=data/raw/poems.jsonl --split_han --out_dir="$out/tokenizer"
@@ -94,14 +94,14 @@ poems() {
 
     train pretrain.py --dataset=poems --tokenizer="$out/tokenizer" --prompt=《 --max_iters=480 --eval_interval=240 \
         --seed="$seed" --out_dir="$out/pretrain"
-    obey "$out/pretrain" poems
+    obey "$out/pretrain" poems 1
     printf '《\n%.0s' $(seq $((2 * orders))) | write "$out/pretrain" --start=- --lines --max_new_tokens=100
     era cls
     era cls_random --random_weights
 
     train sft.py --init_from="$out/pretrain" --dataset=poems_sft --max_iters=320 --eval_interval=160 \
         --report_size=0 --seed="$seed" --out_dir="$out/sft"
-    obey "$out/sft" poems
+    obey "$out/sft" poems 8
 
     if [ -z "${STEPS:-}" ]; then
         run sample.py --out_dir="$out/sft" --chat --lines --num_samples=8 --max_new_tokens=100 --temperature=0.8 \
@@ -111,7 +111,7 @@ poems() {
     run prepare.py --input="data/raw/$own.jsonl" --dataset=poems_own --tokenizer="$out/tokenizer"
     train dpo.py --init_from="$out/sft" --dataset=poems_own --block_size=128 --batch_size=16 --epochs=2 \
         --learning_rate=1e-4 --seed="$seed" --out_dir="$out/dpo"
-    obey "$out/dpo" poems
+    obey "$out/dpo" poems 8
 
     ci lora --rank=32 --alpha=64 --learning_rate=1e-2
     ci sft
