@@ -75,7 +75,7 @@ era() {                             # era RUN OPTIONS...: Tang or Song
 }
 
 ci() {                              # ci STAGE OPTIONS...
-    train "$1.py" --init_from="$out/sft" --dataset=ci_sft --max_iters=400 --batch_size=8 --eval_interval=200 \
+    train "$1.py" --init_from="$out/sft" --dataset=ci_sft --max_iters=400 --batch_size=8 --eval_interval=400 \
         --report_size=0 --out_dir="$out/ci_$1" "${@:2}"
     obey "$out/ci_$1" ci 2
 }
@@ -92,14 +92,14 @@ poems() {
     run train_tokenizer.py --input=data/raw/poems.jsonl --split_han --out_dir="$out/tokenizer"
     rm -rf data/poems data/poems_cls data/poems_sft data/ci_sft     # each stage prepares its own, by this tokenizer
 
-    train pretrain.py --dataset=poems --tokenizer="$out/tokenizer" --prompt=《 --max_iters=480 --eval_interval=240 \
+    train pretrain.py --dataset=poems --tokenizer="$out/tokenizer" --prompt=《 --max_iters=480 --eval_interval=480 \
         --seed="$seed" --out_dir="$out/pretrain"
     obey "$out/pretrain" poems 1
     printf '《\n%.0s' $(seq $((2 * orders))) | write "$out/pretrain" --start=- --lines --max_new_tokens=100
     era cls
     era cls_random --random_weights
 
-    train sft.py --init_from="$out/pretrain" --dataset=poems_sft --max_iters=320 --eval_interval=160 \
+    train sft.py --init_from="$out/pretrain" --dataset=poems_sft --max_iters=320 --eval_interval=320 \
         --report_size=0 --seed="$seed" --out_dir="$out/sft"
     obey "$out/sft" poems 8
 
