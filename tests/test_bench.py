@@ -1,10 +1,12 @@
-"""bench.py: each row, at a size that takes a second. What it measures is not looked at, only that it does."""
+"""bench.py: each row, at a size that takes a second; not its figures, but that there are any. And gpu.py."""
 import itertools
+import math
 import re
 import sys
 import sysconfig
 
 import bench
+import gpu
 import pytest
 import torch
 
@@ -41,3 +43,19 @@ def test_a_row_for_a_gpu_without_one_is_one_line(monkeypatch, capsys):
         bench.main()
     assert end.value.code == 2 and capsys.readouterr().err.splitlines() == [
         'bench.py: torch sees no GPU for the row gpu: leave it out']
+
+
+def test_what_is_held_on_a_gpu_holds_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: None)          # it would take minutes
+    monkeypatch.setattr(gpu, 'failed', [])
+    for kind, settings in gpu.KINDS.items():
+        gpu.check_model(kind, settings, 'cpu')
+    gpu.check_drawing('cpu', times=2)
+    assert not gpu.failed
+    for wrong in (1.1, math.nan):
+        gpu.check('a wrong number', torch.tensor([wrong]), torch.ones(1), 0.01)
+    assert len(gpu.failed) == 2
+
+
+def test_without_a_gpu_that_is_one_line(script):
+    assert 'no GPU' in script('tests/gpu.py', code=2, env={'CUDA_VISIBLE_DEVICES': ''}).stderr

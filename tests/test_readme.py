@@ -35,6 +35,7 @@ ELSEWHERE = {
     'python data/poems.py': "tests/test_poems.py has an archive of its own",
     'python sample.py --init_from=smol': "tests/test_smollm2.py",
     'python tests/fuzz.py': "tests/test_opening.py, a tenth as long",
+    'python tests/gpu.py': "wants a GPU; tests/test_bench.py takes it through on a CPU",
     'python tests/kill.py': "three minutes, by hand; tests/test_pretrain.py kills one run",
     'vllm': "a server of its own: the table below it was measured by hand",
     'ollama': "was not at hand, and the README says so",
