@@ -198,7 +198,8 @@ def generate(model, tokens, max_new_tokens, stop=(), generator=None, padding=Non
     padding     (B,), for prompts of different length: how much of each row's left is padding, see left_pad
     on_full     when the rows fill the model's context: 'stop', or 'slide': go on with the later half of it
     vocab_size  only smaller ids are chosen: the tokenizer's size, where the model's is rounded up
-    watch       called as watch(logits, seen, new) for each token; seen (B, S) is what the model has read
+    watch       called as watch(logits, seen, new) for each token; seen (B, S) is what the model has read, and
+                logits (B, V) are on a GPU overwritten by the next: keep a copy
     how         temperature, top_k, ...: see `choose`
     """
     B, T = tokens.shape
